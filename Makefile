@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# make demo | test | bench | lint | setup | clean          PYTHON=python3.12 chooses the interpreter
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: setup demo test bench lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/pywino demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest benches --benchmark-only
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
+	rm -f pywino/*.so pywino/_build.json
+
+# Two stamps: the packages, and pywino itself, which is built again when native sources change.
+$(VENV)/.requirements: requirements/constraints.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pywino needs Python 3.11 or later; type: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	$(PIP) install -c requirements/constraints.txt -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml CMakeLists.txt $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
