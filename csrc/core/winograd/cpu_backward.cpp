@@ -1,0 +1,407 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Winograd gradients, compiled once per instruction set. The input gradient of the plain convolution is a forward one with the
+// turned filter (cpu_forward.cpp); here are the weight gradient, and the input gradient with the ReLU inside.
+//
+// Weight gradient: dU[xi][c][k] = sum over tiles V[xi][tile][c] D[xi][tile][k], with V = B^T d B and D = A dY A^T, then G^T dU G.
+// The channels are cut into blocks of at most 128 x 128, so that the accumulators of a block stay near the core; where there
+// are fewer blocks than threads, the tiles are cut into slices too and the slices summed in their order (deterministic).
+#include "../common/scratch.h"
+#include "../common/simd.h"
+#include "patches.h"
+#include "product.h"
+#include "tiles.h"
+#include "transforms.h"
+#include "winograd.h"
+
+namespace pywino::winograd {
+namespace {
+
+PYWINO_INLINE int64_t fetch_add(int64_t* counter) {
+  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
+
+// Part i of n things cut into `parts` nearly equal parts.
+PYWINO_INLINE int64_t part_begin(int64_t n, int64_t parts, int64_t i) {
+  return n / parts * i + min(i, n % parts);
+}
+
+// --- weight gradient ------------------------------------------------------------------------------------------------------
+// sum[r][n] += sum over tiles V[tile][r] D[tile][n]
+template <int MR, int NR>
+void accumulate(int tiles, const float* __restrict v, int64_t ldv, const float* __restrict d,
+                int64_t ldd, bool first, float* __restrict sum) {
+  vec s[MR][NR];
+  PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n) s[r][n] =
+      first ? zero() : load(sum + (r * NR + n) * kLanes);
+  for (int t = 0; t < tiles; ++t, v += ldv, d += ldd) {
+    vec dn[NR];
+    PYWINO_UNROLL for (int n = 0; n < NR; ++n) dn[n] = load(d + n * kLanes);
+    PYWINO_UNROLL for (int r = 0; r < MR; ++r) {
+      const float x = v[r];
+      PYWINO_UNROLL for (int n = 0; n < NR; ++n) s[r][n] += x * dn[n];
+    }
+  }
+  PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
+      store(sum + (r * NR + n) * kLanes, s[r][n]);
+}
+
+using Accumulate = void (*)(int, const float*, int64_t, const float*, int64_t, bool, float*);
+template <int NR, int... MR>
+struct Accumulates {
+  static constexpr Accumulate table[] = {accumulate<MR, NR>...};
+};
+#if defined(__AVX512F__)
+constexpr const Accumulate* kAccumulate2 =
+    Accumulates<2, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>::table;
+constexpr const Accumulate* kAccumulate1 =
+    Accumulates<1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>::table;
+#else
+constexpr const Accumulate* kAccumulate2 = Accumulates<2, 1, 2, 3, 4, 5, 6>::table;
+constexpr const Accumulate* kAccumulate1 = Accumulates<1, 1, 2, 3, 4, 5, 6>::table;
+#endif
+
+constexpr int64_t kChannelBlock = 128;
+constexpr int64_t kPatchBytes = int64_t(512) << 10;  // V and D of a chunk of tiles
+
+typedef double dvec __attribute__((vector_size(kLanes * 8)));
+
+template <int M, typename T>
+struct WeightGradient {
+  static constexpr int A = Transform<M>::A, A2 = A * A;
+  const WeightGradientParams& params;
+  const Geometry& g;
+  Source<T> input, grad;
+  Grid grid;
+  int64_t blocks_c, blocks_k;  // blocks of channels
+  int64_t slices;
+  int64_t chunk;  // tiles
+  int64_t ldv, ldd, stride_v, stride_d, sum_floats;
+  float* partial = nullptr;  // slices > 1: their sums
+  int64_t next = 0;
+  bool failed = false;
+
+  WeightGradient(const WeightGradientParams& p, int threads)
+      : params(p),
+        g(p.geometry),
+        input(input_source<T>(g, p.input)),
+        grad(gradient_source<T>(g, p.grad)),
+        grid(g),
+        blocks_c(ceil_div(g.input.c, kChannelBlock)),
+        blocks_k(ceil_div(g.out_channels, kChannelBlock)) {
+    const int64_t jobs = blocks_c * blocks_k;
+    slices = max<int64_t>(1, min<int64_t>(grid.tiles / kRows2,
+                                          jobs < threads ? ceil_div<int64_t>(threads, jobs) : 1));
+    // Widest block: the first ones are the larger.
+    ldv = round_up<int64_t>(ceil_div(input.blocks(), blocks_c), 1) * kLanes;
+    ldd = round_up<int64_t>(ceil_div(grad.blocks(), blocks_k), 1) * kLanes;
+    chunk = max<int64_t>(4, kPatchBytes / (A2 * (ldv + ldd) * 4));
+    chunk = min(chunk, ceil_div(grid.tiles, slices));
+    stride_v = padded_stride(chunk * ldv);
+    stride_d = padded_stride(chunk * ldd);
+    sum_floats = A2 * round_up<int64_t>(ldv, 16) * ldd;
+  }
+
+  // The sums of block (c, k) over the tiles of one slice, as [xi][group of c][panel of k][MR][panel's width].
+  void sums(int64_t bc, int64_t bk, int64_t slice, float* v, float* d, float* sum) const {
+    const int64_t c0 = part_begin(input.blocks(), blocks_c, bc),
+                  c1 = part_begin(input.blocks(), blocks_c, bc + 1);
+    const int64_t k0 = part_begin(grad.blocks(), blocks_k, bk),
+                  k1 = part_begin(grad.blocks(), blocks_k, bk + 1);
+    const Groups groups(int(channels(c0, c1)), kRows2);
+    const int64_t begin = part_begin(grid.tiles, slices, slice),
+                  end = part_begin(grid.tiles, slices, slice + 1);
+    for (int64_t first = begin; first < end; first += chunk) {
+      const int tiles = int(min(chunk, end - first));
+      transform_tiles<InputPatch<M>, M>(
+          input, grid, first, 0, tiles, c0, c1,
+          [&](int tile, int64_t b)
+              __attribute__((always_inline)) { return tile * ldv + (b - c0) * kLanes; },
+          params.winograd_relu, v, stride_v);
+      transform_tiles<GradientPatch<M>, M>(
+          grad, grid, first, 0, tiles, k0, k1,
+          [&](int tile, int64_t b)
+              __attribute__((always_inline)) { return tile * ldd + (b - k0) * kLanes; },
+          false, d, stride_d);
+      float* s = sum;
+      for (int xi = 0; xi < A2; ++xi)
+        for (int i = 0; i < groups.count; ++i)
+          for (int64_t k = k0; k < k1; k += 2) {
+            const int vectors = int(min<int64_t>(2, k1 - k)), rows = groups.size(i);
+            (vectors == 2 ? kAccumulate2 : kAccumulate1)[rows - 1](
+                tiles, v + xi * stride_v + groups.start(i), ldv,
+                d + xi * stride_d + (k - k0) * kLanes, ldd, first == begin, s);
+            s += rows * vectors * kLanes;
+          }
+    }
+  }
+
+  int64_t channels(int64_t c0, int64_t c1) const {
+    return min(c1 * kLanes, input.channels) - c0 * kLanes;
+  }
+
+  // Group i of block (c, k): out of the Winograd domain, into the weight's layout. `sum` holds n slices, sum_floats apart.
+  void finish(int64_t bc, int64_t bk, int i, const float* sum, int64_t n) const {
+    const int64_t c0 = part_begin(input.blocks(), blocks_c, bc),
+                  c1 = part_begin(input.blocks(), blocks_c, bc + 1);
+    const int64_t k0 = part_begin(grad.blocks(), blocks_k, bk),
+                  k1 = part_begin(grad.blocks(), blocks_k, bk + 1);
+    const Groups groups(int(channels(c0, c1)), kRows2);
+    const int64_t per_xi = channels(c0, c1) * (k1 - k0) * kLanes;
+    const int rows = groups.size(i), size = params.winograd_relu ? A : 3;
+    for (int64_t k = k0; k < k1; ++k) {
+      const int vectors = int(min<int64_t>(2, k1 - (k - (k - k0) % 2)));
+      for (int r = 0; r < rows; ++r) {
+        const int64_t panel = (k - k0) / 2 * 2;
+        const int64_t at = groups.start(i) * (k1 - k0) * kLanes + panel * rows * kLanes +
+                           (r * vectors + (k - k0) % 2) * kLanes;
+        dvec u[A][A], t[3][A];
+        for (int y = 0; y < A; ++y)
+          for (int x = 0; x < A; ++x) {
+            u[y][x] = dvec{};
+            for (int64_t s = 0; s < n; ++s)
+              u[y][x] += __builtin_convertvector(
+                  load(sum + s * sum_floats + (y * A + x) * per_xi + at), dvec);
+          }
+        if (!params.winograd_relu) {
+          for (int x = 0; x < A; ++x) {
+            dvec column[A], o[3];
+            for (int y = 0; y < A; ++y) column[y] = u[y][x];
+            Transform<M>::filter_transposed(column, o);
+            for (int y = 0; y < 3; ++y) t[y][x] = o[y];
+          }
+          for (int y = 0; y < 3; ++y) Transform<M>::filter_transposed(t[y], u[y]);
+        }
+        const int64_t c = c0 * kLanes + groups.start(i) + r;
+        const int lanes = int(min<int64_t>(kLanes, g.out_channels - k * kLanes));
+        for (int lane = 0; lane < lanes; ++lane) {
+          float* out = params.gradient + ((k * kLanes + lane) * g.input.c + c) * size * size;
+          for (int y = 0; y < size; ++y)
+            for (int x = 0; x < size; ++x) out[y * size + x] = float(u[y][x][lane]);
+        }
+      }
+    }
+  }
+
+  int groups_of(int64_t bc) const {
+    return Groups(int(channels(part_begin(input.blocks(), blocks_c, bc),
+                               part_begin(input.blocks(), blocks_c, bc + 1))),
+                  kRows2)
+        .count;
+  }
+
+  static void body(void* arg) {
+    WeightGradient& run = *static_cast<WeightGradient*>(arg);
+    const int64_t patches = A2 * (run.stride_v + run.stride_d),
+                  own_sums = run.slices == 1 ? run.sum_floats : 0;
+    float* v = static_cast<float*>(scratch((patches + own_sums) * sizeof(float), ScratchSlot::own));
+    if (!v) {
+      run.failed = true;
+      return;
+    }
+    float* d = v + A2 * run.stride_v;
+    const int64_t tasks = run.blocks_c * run.blocks_k * run.slices;
+    for (int64_t task = fetch_add(&run.next); task < tasks; task = fetch_add(&run.next)) {
+      const int64_t job = task / run.slices, bc = job / run.blocks_k, bk = job % run.blocks_k;
+      float* sum = run.slices == 1 ? v + patches : run.partial + task * run.sum_floats;
+      run.sums(bc, bk, task % run.slices, v, d, sum);
+      if (run.slices == 1)
+        for (int i = 0; i < run.groups_of(bc); ++i) run.finish(bc, bk, i, sum, 1);
+    }
+  }
+
+  static void reduce(void* arg) {
+    WeightGradient& run = *static_cast<WeightGradient*>(arg);
+    const int64_t most = ceil_div<int64_t>(kChannelBlock, kRows2) + 1,
+                  tasks = run.blocks_c * run.blocks_k * most;
+    for (int64_t task = fetch_add(&run.next); task < tasks; task = fetch_add(&run.next)) {
+      const int64_t job = task / most, bc = job / run.blocks_k;
+      if (task % most < run.groups_of(bc))
+        run.finish(bc, job % run.blocks_k, int(task % most),
+                   run.partial + job * run.slices * run.sum_floats, run.slices);
+    }
+  }
+
+  Status operator()(const Executor& executor) {
+    if (slices > 1) {
+      partial = static_cast<float*>(
+          scratch(blocks_c * blocks_k * slices * sum_floats * sizeof(float), ScratchSlot::shared));
+      if (!partial) return Status::out_of_memory;
+    }
+    executor.run(executor.threads, body, this);
+    if (slices > 1 && !failed) {
+      next = 0;
+      executor.run(executor.threads, reduce, this);
+    }
+    return failed ? Status::out_of_memory : Status::ok;
+  }
+};
+
+// --- input gradient with the ReLU in the Winograd domain ----------------------------------------------------------------------
+// Neighbouring patches overlap in dX, so one thread does all tiles of an image, for its share of the input channels.
+template <int M, typename T>
+struct ReluInputGradient {
+  static constexpr int A = Transform<M>::A, A2 = A * A;
+  const ReluInputGradientParams& params;
+  const Geometry& g;
+  Source<T> input, grad;
+  Grid grid;
+  int64_t panels, shares;  // panels of input channels, and how many threads share an image
+  int64_t chunk, stride_d, stride_p;
+  int64_t next = 0;
+  bool failed = false;
+
+  ReluInputGradient(const ReluInputGradientParams& p, int threads)
+      : params(p),
+        g(p.geometry),
+        input(input_source<T>(g, p.input)),
+        grad(gradient_source<T>(g, p.grad)),
+        grid(g),
+        panels(ceil_div<int64_t>(g.input.c, kPanel)) {
+    shares = g.input.n >= threads ? 1 : min(panels, ceil_div<int64_t>(threads, g.input.n));
+    chunk = min<int64_t>(grid.tiles_per_image, 2 * kRows2);
+    stride_d = padded_stride(chunk * grad.blocks() * kLanes);
+    stride_p = padded_stride(chunk * kPanel);
+  }
+
+  void image(int64_t n, int64_t panel0, int64_t panel1, float* d, float* p) const {
+    for (int64_t first = 0; first < grid.tiles_per_image; first += chunk) {
+      const int tiles = int(min(chunk, grid.tiles_per_image - first));
+      const int64_t tile0 = n * grid.tiles_per_image + first;
+      const Groups groups(tiles, kRows2);
+      transform_tiles<GradientPatch<M>, M>(
+          grad, grid, tile0, 0, tiles, 0, grad.blocks(),
+          [&](int tile, int64_t b) __attribute__((always_inline)) {
+            const int group = groups.of(tile), start = groups.start(group);
+            return (start * grad.blocks() + b * groups.size(group) + tile - start) * kLanes;
+          },
+          false, d, stride_d);
+      for (int64_t panel = panel0; panel < panel1; ++panel) {
+        const int64_t channel = panel * kPanel;
+        const int vectors = g.input.c - channel > kLanes ? 2 : 1;
+        const Multiply* table = multiplies<float>(vectors);
+        const float* u = params.filter + channel * g.out_channels * A2;
+        for (int xi = 0; xi < A2; ++xi, u += g.out_channels * vectors * kLanes)
+          for (int i = 0; i < groups.count; ++i)
+            table[groups.size(i) - 1](
+                g.out_channels, d + xi * stride_d + groups.start(i) * grad.blocks() * kLanes, u,
+                p + xi * stride_p + groups.start(i) * vectors * kLanes, kNothing);
+        for (int t = 0; t < tiles;) {
+          const Piece piece = grid.piece(tile0 + t, tiles - t, most_tiles_in_strip(M));
+          for (int v = 0; v < vectors; ++v)
+            add_piece(piece, channel + v * kLanes, p + (t * vectors + v) * kLanes,
+                      vectors * kLanes);
+          t += piece.count;
+        }
+      }
+    }
+  }
+
+  // dX += B [ dV . (V > 0) ] B^T for the tiles of a piece; dV of the next tile is `pitch` floats on.
+  void add_piece(const Piece& piece, int64_t channel, const float* dv, int64_t pitch) const {
+    alignas(64) float strip[A * kStrip * kLanes], sum[A * kStrip * kLanes], v[A2 * kLanes];
+    const int64_t plane = g.input.h * g.input.w, y0 = piece.y - g.pad_h, x0 = piece.x - g.pad_w;
+    const int columns = piece.count * M + 2, lanes = int(min<int64_t>(kLanes, g.input.c - channel));
+    const T* image = input.data + piece.image * g.input.c * plane;
+    if (g.channels_last)
+      stage_pixels<A>(input, image, channel, y0, x0, columns, strip);
+    else
+      stage<A>(input, image + channel * plane, lanes, y0, x0, columns, strip);
+    for (int i = 0; i < A; ++i)
+      for (int j = 0; j < columns; ++j) store(sum + (i * kStrip + j) * kLanes, zero());
+    for (int s = 0; s < piece.count; ++s, dv += pitch) {
+      const float* patch = strip + s * M * kLanes;
+      transform_patch<InputPatch<M>>(
+          [&](int i, int j)
+              __attribute__((always_inline)) { return load(patch + (i * kStrip + j) * kLanes); },
+          false, v, kLanes);
+      vec t[A][A];
+      PYWINO_ROLLED for (int j = 0; j < A; ++j) {
+        vec q[A], o[A];
+        PYWINO_UNROLL for (int i = 0; i < A; ++i) {
+          const int xi = i * A + j;
+          q[i] = load(v + xi * kLanes) > zero() ? load(dv + xi * stride_p) : zero();
+        }
+        Transform<M>::input_transposed(q, o);
+        PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = o[i];
+      }
+      float* out = sum + s * M * kLanes;
+      PYWINO_ROLLED for (int i = 0; i < A; ++i) {
+        vec o[A];
+        Transform<M>::input_transposed(t[i], o);
+        PYWINO_UNROLL for (int j = 0; j < A; ++j) {
+          float* pixel = out + (i * kStrip + j) * kLanes;
+          store(pixel, load(pixel) + o[j]);
+        }
+      }
+    }
+    float* gradient = params.input_gradient + piece.image * g.input.c * plane;
+    for (int i = 0; i < A; ++i) {
+      const int64_t y = y0 + i * g.dil_h;
+      if (y < 0 || y >= g.input.h) continue;
+      for (int j = 0; j < columns; ++j) {
+        const int64_t x = x0 + j * g.dil_w;
+        if (x < 0 || x >= g.input.w) continue;
+        const float* pixel = sum + (i * kStrip + j) * kLanes;
+        if (g.channels_last) {
+          float* to = gradient + (y * g.input.w + x) * g.input.c + channel;
+          store_part(to, load_part(to, 0, lanes) + load(pixel), 0, lanes);
+        } else {
+          for (int c = 0; c < lanes; ++c)
+            gradient[(channel + c) * plane + y * g.input.w + x] += pixel[c];
+        }
+      }
+    }
+  }
+
+  static void body(void* arg) {
+    ReluInputGradient& run = *static_cast<ReluInputGradient*>(arg);
+    float* d = static_cast<float*>(
+        scratch(A2 * (run.stride_d + run.stride_p) * sizeof(float), ScratchSlot::own));
+    if (!d) {
+      run.failed = true;
+      return;
+    }
+    const int64_t tasks = run.g.input.n * run.shares;
+    for (int64_t task = fetch_add(&run.next); task < tasks; task = fetch_add(&run.next)) {
+      const int64_t share = task % run.shares;
+      run.image(task / run.shares, part_begin(run.panels, run.shares, share),
+                part_begin(run.panels, run.shares, share + 1), d, d + A2 * run.stride_d);
+    }
+  }
+
+  Status operator()(const Executor& executor) {
+    __builtin_memset(params.input_gradient, 0,
+                     g.input.n * g.input.c * g.input.h * g.input.w * sizeof(float));
+    executor.run(executor.threads, body, this);
+    return failed ? Status::out_of_memory : Status::ok;
+  }
+};
+
+// --- by tile and dtype --------------------------------------------------------------------------------------------------------------
+template <template <int, typename> class Run, int M, typename Params>
+Status run_tile(const Params& params, const Executor& executor) {
+  switch (params.geometry.dtype) {
+    case DType::f32: return Run<M, float>(params, executor.threads)(executor);
+    case DType::bf16: return Run<M, bf16>(params, executor.threads)(executor);
+    case DType::f16: return Run<M, f16>(params, executor.threads)(executor);
+  }
+  return Status::unsupported;
+}
+
+template <template <int, typename> class Run, typename Params>
+Status run(const Params& params, const Executor& executor) {
+  switch (params.geometry.tile) {
+    case 2: return run_tile<Run, 2>(params, executor);
+    case 4: return run_tile<Run, 4>(params, executor);
+    case 6: return run_tile<Run, 6>(params, executor);
+  }
+  return Status::unsupported;
+}
+
+}  // namespace
+
+extern const BackwardKernels PYWINO_ISA_NAME(backward_kernels_);
+const BackwardKernels PYWINO_ISA_NAME(backward_kernels_) = {
+    run<WeightGradient, WeightGradientParams>, run<ReluInputGradient, ReluInputGradientParams>};
+
+}  // namespace pywino::winograd

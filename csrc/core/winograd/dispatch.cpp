@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "transforms.h"
+#include "winograd.h"
+
+namespace pywino::winograd {
+
+// isa, and what to do with it
+#ifdef PYWINO_HAVE_AVX512BF16
+#define PYWINO_AVX512BF16(what) what(avx512bf16)
+#else
+#define PYWINO_AVX512BF16(what)
+#endif
+#ifdef PYWINO_HAVE_AVX512
+#define PYWINO_AVX512(what) what(avx512)
+#else
+#define PYWINO_AVX512(what)
+#endif
+#ifdef PYWINO_HAVE_AVX2
+#define PYWINO_AVX2(what) what(avx2)
+#else
+#define PYWINO_AVX2(what)
+#endif
+#define PYWINO_EACH_ISA(what) \
+  what(portable) PYWINO_AVX2(what) PYWINO_AVX512(what) PYWINO_AVX512BF16(what)
+
+#define PYWINO_DECLARE(name)                          \
+  extern const ForwardKernels forward_kernels_##name; \
+  extern const BackwardKernels backward_kernels_##name;
+PYWINO_EACH_ISA(PYWINO_DECLARE)
+
+namespace {
+
+#define PYWINO_FORWARD(name) \
+  case Isa::name: return forward_kernels_##name;
+const ForwardKernels& forward_kernels() {
+  switch (isa()) {
+    PYWINO_EACH_ISA(PYWINO_FORWARD)
+    default: return forward_kernels_portable;
+  }
+}
+
+#define PYWINO_BACKWARD(name) \
+  case Isa::name: return backward_kernels_##name;
+const BackwardKernels& backward_kernels() {
+  switch (isa()) {
+    PYWINO_EACH_ISA(PYWINO_BACKWARD)
+    default: return backward_kernels_portable;
+  }
+}
+
+// The matrix of a linear map is the map of the unit vectors.
+template <int M>
+void matrices(double* bt, double* g, double* at) {
+  constexpr int A = Transform<M>::A;
+  for (int j = 0; j < A; ++j) {
+    double unit[A] = {}, o[A];
+    unit[j] = 1;
+    Transform<M>::input(unit, o);
+    for (int i = 0; i < A; ++i) bt[i * A + j] = o[i];
+    Transform<M>::output(unit, o);
+    for (int i = 0; i < M; ++i) at[i * A + j] = o[i];
+    if (j < 3) {
+      Transform<M>::filter(unit, o);
+      for (int i = 0; i < A; ++i) g[i * 3 + j] = o[i];
+    }
+  }
+}
+
+}  // namespace
+
+bool tile_exists(int tile) { return tile == 2 || tile == 4 || tile == 6; }
+
+void transform_matrices(int tile, double* bt, double* g, double* at) {
+  switch (tile) {
+    case 2: return matrices<2>(bt, g, at);
+    case 4: return matrices<4>(bt, g, at);
+    case 6: return matrices<6>(bt, g, at);
+  }
+}
+
+Status forward(const ForwardParams& params, const Executor& executor) {
+  return forward_kernels().forward(params, executor);
+}
+Status filter(const FilterParams& params, const Executor& executor) {
+  return forward_kernels().filter(params, executor);
+}
+int64_t filter_size(int64_t out_channels, int64_t in_channels, int tile, bool fast) {
+  return forward_kernels().filter_size(out_channels, in_channels, tile, fast);
+}
+Status weight_gradient(const WeightGradientParams& params, const Executor& executor) {
+  return backward_kernels().weight_gradient(params, executor);
+}
+Status relu_input_gradient(const ReluInputGradientParams& params, const Executor& executor) {
+  return backward_kernels().relu_input_gradient(params, executor);
+}
+
+}  // namespace pywino::winograd

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From a tensor into the Winograd domain: each tile's patch is read, zero outside the tensor, and transformed.
+#pragma once
+
+#include "../common/simd.h"
+#include "tiles.h"
+#include "transforms.h"
+
+namespace pywino::winograd {
+namespace {
+
+// Columns of the strip in which planes (NCHW) are turned into pixels: 8 rows x 64 columns x 16 lanes = 32 KB.
+constexpr int kStrip = 64;
+
+// Tiles in a strip. Whole vectors of outputs (for 6 x 6 tiles, 48 columns): rows that start aligned stay so.
+constexpr int most_tiles_in_strip(int m) { return (kStrip - 2) / m / 4 * 4; }
+
+// V = B^T d B, patches of a x a inputs.
+template <int M>
+struct InputPatch {
+  static constexpr int kSize = Transform<M>::A, kOut = Transform<M>::A;
+  PYWINO_INLINE static void apply(const vec* d, vec* o) { Transform<M>::input(d, o); }
+};
+
+// D = A dY A^T, patches of m x m output gradients.
+template <int M>
+struct GradientPatch {
+  static constexpr int kSize = M, kOut = Transform<M>::A;
+  PYWINO_INLINE static void apply(const vec* d, vec* o) { Transform<M>::output_transposed(d, o); }
+};
+
+// The tensor that is read; tile (y, x) starts at its pixel (y - pad_h, x - pad_w).
+template <typename T>
+struct Source {
+  const T* data;
+  int64_t channels, height, width, pad_h, pad_w, dil_h, dil_w;
+  bool channels_last;
+
+  int64_t blocks() const { return ceil_div<int64_t>(channels, kLanes); }
+};
+
+template <typename T>
+Source<T> input_source(const Geometry& g, const void* input) {
+  return {static_cast<const T*>(input),
+          g.input.c,
+          g.input.h,
+          g.input.w,
+          g.pad_h,
+          g.pad_w,
+          g.dil_h,
+          g.dil_w,
+          g.channels_last};
+}
+
+template <typename T>
+Source<T> gradient_source(const Geometry& g, const void* grad) {
+  return {static_cast<const T*>(grad),
+          g.out_channels,
+          g.out_h(),
+          g.out_w(),
+          0,
+          0,
+          g.dil_h,
+          g.dil_w,
+          g.channels_last};
+}
+
+// Rows of V and M start an odd number of cache lines apart: a*a rows at a multiple of 4 KB would share one cache set.
+template <typename E = float>
+int64_t padded_stride(int64_t elements) {
+  constexpr int64_t kLine = 64 / sizeof(E);
+  return (ceil_div(elements, kLine) | 1) * kLine;
+}
+
+// One patch, one vector of channels: load_at(i, j) gives d[i][j], position xi goes to v + xi * stride.
+template <typename Patch, typename Load, typename E>
+PYWINO_INLINE void transform_patch(const Load& load_at, bool relu_after, E* v, int64_t stride) {
+  constexpr int P = Patch::kSize, A = Patch::kOut;
+  vec t[A][P];
+  // The outer loops stay rolled: unrolled, they need more registers than there are.
+  PYWINO_ROLLED for (int j = 0; j < P; ++j) {
+    vec d[P], o[A];
+    PYWINO_UNROLL for (int i = 0; i < P; ++i) d[i] = load_at(i, j);
+    Patch::apply(d, o);
+    PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = o[i];
+  }
+  PYWINO_ROLLED for (int i = 0; i < A; ++i) {
+    vec o[A];
+    Patch::apply(t[i], o);
+    if (relu_after) PYWINO_UNROLL for (int j = 0; j < A; ++j) o[j] = relu(o[j]);
+    PYWINO_UNROLL for (int j = 0; j < A; ++j) store(v + (i * A + j) * stride, o[j]);
+  }
+}
+
+// Pixels outside the tensor are read from here.
+alignas(64) constexpr float kZeros[kLanes] = {};
+
+template <typename Patch, int M, typename T, typename Place, typename E>
+void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
+                           const Place& place, bool relu_after, E* v, int64_t stride) {
+  constexpr int P = Patch::kSize;
+  const int64_t C = src.channels, row = src.dil_h * src.width * C, column = src.dil_w * C;
+  const int64_t y0 = piece.y - src.pad_h;
+  const bool rows_inside = y0 >= 0 && y0 + (P - 1) * src.dil_h < src.height;
+  const T* image = src.data + piece.image * src.height * src.width * C;
+  const int64_t whole = min(block1, C / kLanes);
+  for (int s = 0; s < piece.count; ++s) {
+    const int64_t x0 = piece.x + s * M * src.dil_w - src.pad_w;
+    const T* patch = image + (y0 * src.width + x0) * C;
+    const int tile = piece.local + s;
+    if (rows_inside && x0 >= 0 && x0 + (P - 1) * src.dil_w < src.width) {
+      for (int64_t b = block0; b < whole; ++b) {
+        const T* p = patch + b * kLanes;
+        transform_patch<Patch>(
+            [&](int i, int j)
+                __attribute__((always_inline)) { return load(p + i * row + j * column); },
+            relu_after, v + place(tile, b), stride);
+      }
+      if (whole < block1) {
+        const T* p = patch + whole * kLanes;
+        const int lanes = int(C - whole * kLanes);
+        transform_patch<Patch>(
+            [&](int i, int j) __attribute__((always_inline)) {
+              return load_part(p + i * row + j * column, 0, lanes);
+            },
+            relu_after, v + place(tile, whole), stride);
+      }
+    } else {
+      // At the border: a table of pixels, those outside pointing at zeros, which do not move with the channel.
+      const T* pixel[P][P];
+      int64_t moves[P][P];
+      for (int i = 0; i < P; ++i)
+        for (int j = 0; j < P; ++j) {
+          const int64_t y = y0 + i * src.dil_h, x = x0 + j * src.dil_w;
+          const bool inside = y >= 0 && y < src.height && x >= 0 && x < src.width;
+          pixel[i][j] = inside ? patch + i * row + j * column : reinterpret_cast<const T*>(kZeros);
+          moves[i][j] = inside ? -1 : 0;
+        }
+      for (int64_t b = block0; b < block1; ++b) {
+        const int64_t offset = b * kLanes;
+        const int lanes = int(min<int64_t>(kLanes, C - offset));
+        if (lanes == kLanes)
+          transform_patch<Patch>(
+              [&](int i, int j) __attribute__((always_inline)) {
+                return load(pixel[i][j] + (offset & moves[i][j]));
+              },
+              relu_after, v + place(tile, b), stride);
+        else
+          transform_patch<Patch>(
+              [&](int i, int j) __attribute__((always_inline)) {
+                return load_part(pixel[i][j] + (offset & moves[i][j]), 0, lanes);
+              },
+              relu_after, v + place(tile, b), stride);
+      }
+    }
+  }
+}
+
+// Planes to pixels: strip[i][j][lane] = src[channel0 + lane][y0 + i d][x0 + j d], zero outside, for kLanes channels.
+template <int P, typename T>
+void stage(const Source<T>& src, const T* planes, int channels, int64_t y0, int64_t x0, int columns,
+           float* strip) {
+  const int64_t H = src.height, W = src.width;
+  for (int i = 0; i < P; ++i) {
+    float* out = strip + i * kStrip * kLanes;
+    const int64_t y = y0 + i * src.dil_h;
+    if (y < 0 || y >= H) {
+      for (int j = 0; j < columns; ++j) store(out + j * kLanes, zero());
+      continue;
+    }
+    const T* in = planes + y * W;
+    if (src.dil_w == 1) {
+      for (int j = 0; j < columns; j += kLanes) {
+        const int64_t x = x0 + j;
+        const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x))),
+                  hi = int(max<int64_t>(0, min<int64_t>(kLanes, W - x)));
+        vec r[kLanes];
+        if (channels == kLanes && lo == 0 && hi == kLanes) {
+          PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = load(in + c * H * W + x);
+        } else if (lo < hi) {
+          PYWINO_ROLLED for (int c = 0; c < kLanes; ++c) r[c] =
+              c < channels ? load_part(in + c * H * W + x, lo, hi) : zero();
+        } else {
+          PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = zero();
+        }
+        transpose(r);
+        PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) store(out + (j + c) * kLanes, r[c]);
+      }
+    } else {
+      for (int j = 0; j < columns; ++j) {
+        const int64_t x = x0 + j * src.dil_w;
+        const bool inside = x >= 0 && x < W;
+        for (int c = 0; c < kLanes; ++c)
+          out[j * kLanes + c] = inside && c < channels ? get(in + c * H * W + x) : 0.f;
+      }
+    }
+  }
+}
+
+// The same from a channels_last tensor.
+template <int P, typename T>
+void stage_pixels(const Source<T>& src, const T* image, int64_t channel, int64_t y0, int64_t x0,
+                  int columns, float* strip) {
+  const int lanes = int(min<int64_t>(kLanes, src.channels - channel));
+  for (int i = 0; i < P; ++i)
+    for (int j = 0; j < columns; ++j) {
+      const int64_t y = y0 + i * src.dil_h, x = x0 + j * src.dil_w;
+      const bool inside = y >= 0 && y < src.height && x >= 0 && x < src.width;
+      store(strip + (i * kStrip + j) * kLanes,
+            inside ? load_part(image + (y * src.width + x) * src.channels + channel, 0, lanes)
+                   : zero());
+    }
+}
+
+template <typename Patch, int M, typename T, typename Place, typename E>
+void patches_planes(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
+                    const Place& place, bool relu_after, E* v, int64_t stride) {
+  constexpr int P = Patch::kSize;
+  const int64_t plane = src.height * src.width;
+  const T* image = src.data + piece.image * src.channels * plane;
+  alignas(64) float strip[P * kStrip * kLanes];
+  for (int64_t b = block0; b < block1; ++b) {
+    const int channels = int(min<int64_t>(kLanes, src.channels - b * kLanes));
+    stage<P>(src, image + b * kLanes * plane, channels, piece.y - src.pad_h, piece.x - src.pad_w,
+             (piece.count - 1) * M + P, strip);
+    for (int s = 0; s < piece.count; ++s) {
+      const float* p = strip + s * M * kLanes;
+      transform_patch<Patch>(
+          [&](int i, int j)
+              __attribute__((always_inline)) { return load(p + (i * kStrip + j) * kLanes); },
+          relu_after, v + place(piece.local + s, b), stride);
+    }
+  }
+}
+
+// Tiles [t0, t1) of the chunk that starts at tile `first`, blocks of channels [block0, block1). Position xi of (tile, block)
+// goes to v + xi * stride + place(tile, block).
+template <typename Patch, int M, typename T, typename Place, typename E>
+void transform_tiles(const Source<T>& src, const Grid& grid, int64_t first, int t0, int t1,
+                     int64_t block0, int64_t block1, const Place& place, bool relu_after, E* v,
+                     int64_t stride) {
+  for (int t = t0; t < t1;) {
+    Piece piece = grid.piece(first + t, t1 - t, src.channels_last ? 0 : most_tiles_in_strip(M));
+    piece.local = t;
+    if (src.channels_last)
+      patches_channels_last<Patch, M>(src, piece, block0, block1, place, relu_after, v, stride);
+    else
+      patches_planes<Patch, M>(src, piece, block0, block1, place, relu_after, v, stride);
+    t += piece.count;
+  }
+}
+
+}  // namespace
+}  // namespace pywino::winograd

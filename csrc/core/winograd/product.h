@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The matrix product of one position xi of the Winograd domain, in registers.
+#pragma once
+
+#include "../common/simd.h"
+
+namespace pywino::winograd {
+namespace {
+
+constexpr int kPanel = 2 * kLanes;  // output channels of a panel
+// Register blocks: MR x 2 (or, where K fits in one vector, MR x 1) accumulators, the filter's vectors and a broadcast.
+constexpr int kRows2 = kRegisters == 32 ? 14 : 6;
+constexpr int kRows1 = kRegisters == 32 ? 28 : 12;
+// Channels that are summed in registers before they are added to M: a float sum of n terms has an error of about sqrt(n) eps,
+// in blocks of 128 that of 128 terms (docs/winograd.md, error).
+constexpr int64_t kSumBlock = 128;
+// Memory that will be read later and is fetched into the second-level cache meanwhile: every four channels `rate` slots of
+// `lines` cache lines. Few at a time: a burst would fill the core's miss buffers, and the product would wait behind it.
+struct Ahead {
+  const char* next;
+  int64_t pitch;  // bytes from slot to slot
+  int lines, rate;
+};
+constexpr Ahead kNothing = {nullptr, 0, 0, 0};
+
+PYWINO_INLINE void fetch(const Ahead& ahead, int64_t quarter) {
+  const char* p = ahead.next + quarter * ahead.rate * ahead.pitch;
+  for (int i = 0; i < ahead.rate; ++i, p += ahead.pitch)
+    for (int l = 0; l < ahead.lines; ++l) __builtin_prefetch(p + 64 * l, 0, 2);
+}
+
+// sum[r][n] += v[r][k] u[k][n], a rank-1 update; v and u as floats, or as pairs of bfloat16.
+template <typename E, int MR, int NR>
+PYWINO_INLINE void rank_one(vec (&sum)[MR][NR], const float* v, const float* u) {
+  vec un[NR];
+  PYWINO_UNROLL for (int n = 0; n < NR; ++n) {
+    un[n] = load(u + n * kLanes);
+    prefetch(u + n * kLanes + 16 * NR * kLanes);
+  }
+  PYWINO_UNROLL for (int r = 0; r < MR; ++r) {
+    const vec x = v[r * kLanes] - vec{};
+    PYWINO_UNROLL for (int n = 0; n < NR; ++n) sum[r][n] = multiply_add(sum[r][n], x, un[n], E{});
+  }
+}
+
+// M[r][n] = sum_c V[r][c] U[c][n] for MR tiles and NR vectors of output channels; `depth` counts floats of V.
+template <typename E, int MR, int NR>
+void multiply(int64_t depth, const float* __restrict v, const float* __restrict u,
+              float* __restrict m, const Ahead& ahead) {
+  for (int64_t done = 0; done < depth; done += kSumBlock) {
+    vec sum[MR][NR];
+    PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
+        sum[r][n] = zero();
+    const int64_t block = min(depth - done, kSumBlock);
+    for (int64_t c = 0; c < block; c += kLanes, v += MR * kLanes) {
+      const int most = int(min<int64_t>(kLanes, block - c));
+      int k = 0;
+      for (; k + 4 <= most; k += 4) {
+        fetch(ahead, (done + c + k) / 4);
+        PYWINO_UNROLL for (int i = 0; i < 4; ++i, u += NR * kLanes) rank_one<E>(sum, v + k + i, u);
+      }
+      for (; k < most; ++k, u += NR * kLanes) rank_one<E>(sum, v + k, u);
+    }
+    PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n) {
+      float* p = m + (r * NR + n) * kLanes;
+      store(p, done ? load(p) + sum[r][n] : sum[r][n]);
+    }
+  }
+}
+
+using Multiply = void (*)(int64_t, const float*, const float*, float*, const Ahead&);
+
+// Tables of register blocks by MR - 1.
+template <typename E, int NR, int... MR>
+struct Multiplies {
+  static constexpr Multiply table[] = {multiply<E, MR, NR>...};
+};
+
+// For V of elements E and panels of 1 or 2 vectors.
+template <typename E>
+const Multiply* multiplies(int vectors) {
+#if defined(__AVX512F__)
+  return vectors == 2 ? Multiplies<E, 2, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>::table
+                      : Multiplies<E, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,
+                                   18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28>::table;
+#else
+  return vectors == 2 ? Multiplies<E, 2, 1, 2, 3, 4, 5, 6>::table
+                      : Multiplies<E, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>::table;
+#endif
+}
+
+// How V's channels are laid out: in lines of 64 bytes, and so many floats of V and U (pairs of channels, for bfloat16) deep.
+template <typename E>
+struct Depth {
+  static constexpr int kPerFloat = int(4 / sizeof(E));  // channels in a float
+  static constexpr int kLine = kLanes * kPerFloat;      // channels in a line
+  static int64_t lines(int64_t channels) { return ceil_div<int64_t>(channels, kLine); }
+  static int64_t floats(int64_t channels) { return ceil_div<int64_t>(channels, kPerFloat); }
+};
+
+}  // namespace
+}  // namespace pywino::winograd

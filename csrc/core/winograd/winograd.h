@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Winograd convolution F(m x m, 3 x 3), stride 1, on the CPU. Raw pointers, no torch. The maths is in docs/winograd.md.
+//
+//   Y = A^T [ (G g G^T) . (B^T d B) ] A       d: a x a patch of the input, a = m + 2;  g: 3 x 3 filter;  Y: m x m outputs
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/executor.h"
+#include "../common/isa.h"
+
+namespace pywino::winograd {
+
+enum class Status : int { ok, out_of_memory, unsupported };
+
+// A 4-d tensor: (n, c, h, w), dense, either channels_last (c innermost) or not (w innermost).
+struct Shape {
+  int64_t n, c, h, w;
+};
+
+struct Geometry {
+  Shape input;           // n, C, H, W
+  int64_t out_channels;  // K
+  int64_t pad_h, pad_w;  // >= 0
+  int64_t dil_h, dil_w;  // >= 1
+  int tile;              // m: 2, 4 or 6
+  bool channels_last;    // of input and output
+  DType dtype;           // of input and output; the arithmetic is fp32
+
+  int64_t out_h() const { return input.h + 2 * pad_h - 2 * dil_h; }
+  int64_t out_w() const { return input.w + 2 * pad_w - 2 * dil_w; }
+};
+
+struct ForwardParams {
+  Geometry geometry;
+  const void* input;
+  const float* filter;   // from transform_filter or pack_filter, by the same instruction set
+  const float* bias;     // K floats or nullptr
+  const void* residual;  // like output, or nullptr: added before the ReLU
+  void* output;          // (n, K, out_h, out_w)
+  bool relu;             // on the output
+  bool winograd_relu;    // on B^T d B (Liu et al., ICLR 2018)
+  bool fast;             // products of bfloat16, summed in fp32; the filter must be packed so
+};
+
+// Filters of K x C kernels, each (size x size), any strides in elements.
+struct FilterParams {
+  const void* weight;
+  DType dtype;
+  int64_t out_channels, in_channels;
+  int64_t stride_k, stride_c, stride_h, stride_w;
+  int tile;
+  bool
+      rotate;  // the filter of the input gradient: K and C change places, spatial kernels turn by 180 degrees
+  bool spatial;   // 3 x 3 kernels, to be transformed; else a x a, already in the Winograd domain
+  bool fast;      // for the products of ForwardParams::fast
+  float* packed;  // filter_size() floats
+  bool stream = false;  // set by the kernel: write past the caches
+};
+
+// dW = G^T [ sum over tiles (A dY A^T) . (B^T d B) ] G
+struct WeightGradientParams {
+  Geometry geometry;
+  const void* input;
+  const void* grad;    // (n, K, out_h, out_w)
+  bool winograd_relu;  // ReLU on B^T d B, and no G: the weight itself is in the Winograd domain
+  float* gradient;     // (K, C, 3, 3), or (K, C, a, a)
+};
+
+// dX = sum over tiles B [ (U^T (A dY A^T)) . (B^T d B > 0) ] B^T
+struct ReluInputGradientParams {
+  Geometry geometry;
+  const void* input;
+  const void* grad;
+  const float* filter;    // packed with `rotate`
+  float* input_gradient;  // like input, but fp32
+};
+
+// One set of these for each instruction set (common/isa.h), defined in cpu_forward.cpp and cpu_backward.cpp.
+struct ForwardKernels {
+  Status (*forward)(const ForwardParams&, const Executor&);
+  Status (*filter)(const FilterParams&, const Executor&);
+  int64_t (*filter_size)(int64_t out_channels, int64_t in_channels, int tile, bool fast);
+};
+struct BackwardKernels {
+  Status (*weight_gradient)(const WeightGradientParams&, const Executor&);
+  Status (*relu_input_gradient)(const ReluInputGradientParams&, const Executor&);
+};
+#define PYWINO_JOIN_(a, b) a##b
+#define PYWINO_JOIN(a, b) PYWINO_JOIN_(a, b)
+#define PYWINO_ISA_NAME(name) PYWINO_JOIN(name, PYWINO_ISA)
+
+PYWINO_API bool tile_exists(int tile);
+// B^T (a x a), G (a x 3), A^T (m x a), row-major.
+PYWINO_API void transform_matrices(int tile, double* bt, double* g, double* at);
+
+PYWINO_API Status forward(const ForwardParams&, const Executor&);
+PYWINO_API Status filter(const FilterParams&, const Executor&);
+PYWINO_API Status weight_gradient(const WeightGradientParams&, const Executor&);
+PYWINO_API Status relu_input_gradient(const ReluInputGradientParams&, const Executor&);
+// Floats of a packed filter, in the instruction set in force; 0 where it has no such products.
+PYWINO_API int64_t filter_size(int64_t out_channels, int64_t in_channels, int tile, bool fast);
+
+}  // namespace pywino::winograd

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels as torch ops: unpack, check, allocate, launch. Schemas, fakes and gradients are in pywino/ops/winograd.py,
+// which also words the errors that a user can cause; the checks here only keep memory safe.
+#include "core/winograd/winograd.h"
+
+#include "tensor.h"
+
+namespace pywino {
+namespace {
+
+using winograd::Status;
+
+void check_status(Status status, const char* op) {
+  STD_TORCH_CHECK(status != Status::out_of_memory, op, ": out of memory for the scratch buffers");
+  STD_TORCH_CHECK(status == Status::ok, op, ": no such kernel in this build");
+}
+
+void check_fast(bool fast, int64_t filter_floats, const char* op) {
+  STD_TORCH_CHECK(!fast || filter_floats > 0, op,
+                  ": precision=\"fast\" needs a CPU with AVX512-BF16");
+}
+
+winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_t tile,
+                               torch::headeronly::IntHeaderOnlyArrayRef padding,
+                               torch::headeronly::IntHeaderOnlyArrayRef dilation, const char* op) {
+  check_dense(input, op, "input");
+  STD_TORCH_CHECK(winograd::tile_exists(int(tile)), op, ": tile must be 2, 4 or 6, got ", tile);
+  STD_TORCH_CHECK(padding.size() == 2 && dilation.size() == 2 && padding[0] >= 0 &&
+                      padding[1] >= 0 && dilation[0] >= 1 && dilation[1] >= 1,
+                  op, ": padding must be two numbers >= 0, dilation two >= 1");
+  winograd::Geometry g;
+  g.input = {input.size(0), input.size(1), input.size(2), input.size(3)};
+  g.out_channels = out_channels;
+  g.pad_h = padding[0];
+  g.pad_w = padding[1];
+  g.dil_h = dilation[0];
+  g.dil_w = dilation[1];
+  g.tile = int(tile);
+  g.channels_last = is_channels_last(input);
+  g.dtype = dtype_of(input, op, "input");
+  STD_TORCH_CHECK(g.out_h() > 0 && g.out_w() > 0, op, ": the output would be empty");
+  return g;
+}
+
+Tensor make_filter(const Tensor& weight, int64_t tile, bool rotate, bool spatial, bool fast,
+                   const char* op) {
+  STD_TORCH_CHECK(winograd::tile_exists(int(tile)), op, ": tile must be 2, 4 or 6, got ", tile);
+  const int64_t size = spatial ? 3 : tile + 2;
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && weight.size(3) == size, op,
+                  ": weight must be (K, C, ", size, ", ", size, ")");
+  winograd::FilterParams p;
+  p.weight = weight.const_data_ptr();
+  p.dtype = dtype_of(weight, op, "weight");
+  p.out_channels = weight.size(0);
+  p.in_channels = weight.size(1);
+  p.stride_k = weight.stride(0);
+  p.stride_c = weight.stride(1);
+  p.stride_h = weight.stride(2);
+  p.stride_w = weight.stride(3);
+  p.tile = int(tile);
+  p.rotate = rotate;
+  p.spatial = spatial;
+  p.fast = fast;
+  const int64_t floats = rotate
+                             ? winograd::filter_size(p.in_channels, p.out_channels, p.tile, fast)
+                             : winograd::filter_size(p.out_channels, p.in_channels, p.tile, fast);
+  check_fast(fast, floats, op);
+  Tensor packed = empty_cpu({floats}, ScalarType::Float, false);
+  p.packed = static_cast<float*>(packed.mutable_data_ptr());
+  check_status(winograd::filter(p, torch_threads()), op);
+  return packed;
+}
+
+Tensor winograd_filter(const Tensor& weight, int64_t tile, bool rotate, bool fast) {
+  return make_filter(weight, tile, rotate, true, fast, "pywino::_winograd_filter");
+}
+
+Tensor winograd_pack(const Tensor& weight, int64_t tile, bool rotate) {
+  return make_filter(weight, tile, rotate, false, false, "pywino::_winograd_pack");
+}
+
+Tensor to_float(const Tensor& t) {
+  return torch::stable::contiguous(
+      t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+Tensor winograd_forward(const Tensor& input, const Tensor& filter,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        int64_t out_channels, int64_t tile,
+                        torch::headeronly::IntHeaderOnlyArrayRef padding,
+                        torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu,
+                        bool winograd_relu, bool fast) {
+  constexpr const char* op = "pywino::_winograd_forward";
+  winograd::ForwardParams p;
+  p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  STD_TORCH_CHECK(
+      filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
+          filter.numel() == winograd::filter_size(out_channels, g.input.c, g.tile, fast),
+      op, ": the filter was packed for other channels, another tile or another instruction set");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels), op,
+                  ": bias must be ", out_channels, " numbers");
+  const std::optional<Tensor> bias32 = bias ? std::optional(to_float(*bias)) : std::nullopt;
+  Tensor output = empty_cpu({g.input.n, out_channels, g.out_h(), g.out_w()}, input.scalar_type(),
+                            g.channels_last);
+  if (residual) {
+    STD_TORCH_CHECK(residual->scalar_type() == input.scalar_type() && residual->dim() == 4, op,
+                    ": residual must be like the output");
+    for (int d = 0; d < 4; ++d)
+      STD_TORCH_CHECK(residual->size(d) == output.size(d) &&
+                          (output.size(d) == 1 || residual->stride(d) == output.stride(d)),
+                      op, ": residual must have the output's size and strides");
+  }
+  p.input = input.const_data_ptr();
+  p.filter = static_cast<const float*>(filter.const_data_ptr());
+  p.bias = bias ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr;
+  p.residual = residual ? residual->const_data_ptr() : nullptr;
+  p.output = output.mutable_data_ptr();
+  p.relu = relu;
+  p.winograd_relu = winograd_relu;
+  p.fast = fast;
+  check_fast(fast, filter.numel(), op);
+  check_status(winograd::forward(p, torch_threads()), op);
+  return output;
+}
+
+// The geometry of a gradient op: grad must have the size of the forward's output.
+winograd::Geometry gradient_geometry(const Tensor& grad, const Tensor& input, int64_t tile,
+                                     torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                     torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                     const char* op) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.scalar_type() == input.scalar_type(), op,
+                  ": grad must be 4-d, of input's dtype");
+  const winograd::Geometry g = geometry_of(input, grad.size(1), tile, padding, dilation, op);
+  STD_TORCH_CHECK(
+      grad.size(0) == g.input.n && grad.size(2) == g.out_h() && grad.size(3) == g.out_w(), op,
+      ": grad must have the size of the output");
+  return g;
+}
+
+// grad in input's memory format: autograd may hand over either.
+Tensor like_input(const Tensor& grad, bool channels_last) {
+  if (is_channels_last(grad) == channels_last && (channels_last || grad.is_contiguous()))
+    return grad;
+  Tensor dense = empty_cpu({grad.size(0), grad.size(1), grad.size(2), grad.size(3)},
+                           grad.scalar_type(), channels_last);
+  return torch::stable::copy_(dense, grad);
+}
+
+Tensor winograd_backward_weight(const Tensor& grad, const Tensor& input, int64_t tile,
+                                torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                bool winograd_relu) {
+  constexpr const char* op = "pywino::_winograd_backward_weight";
+  winograd::WeightGradientParams p;
+  p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  const Tensor dense = like_input(grad, g.channels_last);
+  const int64_t size = winograd_relu ? tile + 2 : 3;
+  Tensor gradient = empty_cpu({g.out_channels, g.input.c, size, size}, ScalarType::Float, false);
+  if (g.input.n == 0 || gradient.numel() == 0)
+    return torch::stable::to(torch::stable::zero_(gradient), input.scalar_type());
+  p.input = input.const_data_ptr();
+  p.grad = dense.const_data_ptr();
+  p.winograd_relu = winograd_relu;
+  p.gradient = static_cast<float*>(gradient.mutable_data_ptr());
+  check_status(winograd::weight_gradient(p, torch_threads()), op);
+  return input.scalar_type() == ScalarType::Float
+             ? gradient
+             : torch::stable::to(gradient, input.scalar_type());
+}
+
+Tensor winograd_relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
+                                    int64_t tile, torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                    torch::headeronly::IntHeaderOnlyArrayRef dilation) {
+  constexpr const char* op = "pywino::_winograd_relu_backward_input";
+  winograd::ReluInputGradientParams p;
+  p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  STD_TORCH_CHECK(
+      filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
+          filter.numel() == winograd::filter_size(g.input.c, g.out_channels, g.tile, false),
+      op, ": the filter was packed for other channels, another tile or another instruction set");
+  const Tensor dense = like_input(grad, g.channels_last);
+  Tensor gradient =
+      empty_cpu({g.input.n, g.input.c, g.input.h, g.input.w}, ScalarType::Float, g.channels_last);
+  p.input = input.const_data_ptr();
+  p.grad = dense.const_data_ptr();
+  p.filter = static_cast<const float*>(filter.const_data_ptr());
+  p.input_gradient = static_cast<float*>(gradient.mutable_data_ptr());
+  if (gradient.numel() && g.out_channels)
+    check_status(winograd::relu_input_gradient(p, torch_threads()), op);
+  else
+    torch::stable::zero_(gradient);
+  return input.scalar_type() == ScalarType::Float
+             ? gradient
+             : torch::stable::to(gradient, input.scalar_type());
+}
+
+}  // namespace
+}  // namespace pywino
+
+STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
+  m.impl("_winograd_filter", TORCH_BOX(&pywino::winograd_filter));
+  m.impl("_winograd_pack", TORCH_BOX(&pywino::winograd_pack));
+  m.impl("_winograd_forward", TORCH_BOX(&pywino::winograd_forward));
+  m.impl("_winograd_backward_weight", TORCH_BOX(&pywino::winograd_backward_weight));
+  m.impl("_winograd_relu_backward_input", TORCH_BOX(&pywino::winograd_relu_backward_input));
+}
