@@ -226,6 +226,19 @@ PYWINO_INLINE void store_part(f16* p, vec v, int lo, int hi) {
   store_half_part(p, to_f16(v), lo, hi);
 }
 
+// The vector at p where flag is all ones, zero (and no access) where it is 0.
+PYWINO_INLINE vec load_if(const float* p, uint32_t flag) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(__mmask16(flag), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(p, _mm256_set1_epi32(int(flag)));
+#else
+  return flag ? load(p) : zero();
+#endif
+}
+PYWINO_INLINE vec load_if(const bf16* p, uint32_t flag) { return flag ? load(p) : zero(); }
+PYWINO_INLINE vec load_if(const f16* p, uint32_t flag) { return flag ? load(p) : zero(); }
+
 // One element, for strided access.
 PYWINO_INLINE float get(const float* p) { return *p; }
 PYWINO_INLINE float get(const bf16* p) {

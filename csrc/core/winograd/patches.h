@@ -92,9 +92,6 @@ PYWINO_INLINE void transform_patch(const Load& load_at, bool relu_after, E* v, i
   }
 }
 
-// Pixels outside the tensor are read from here.
-alignas(64) constexpr float kZeros[kLanes] = {};
-
 template <typename Patch, int M, typename T, typename Place, typename E>
 void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                            const Place& place, bool relu_after, E* v, int64_t stride) {
@@ -126,29 +123,27 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
             relu_after, v + place(tile, whole), stride);
       }
     } else {
-      // At the border: a table of pixels, those outside pointing at zeros, which do not move with the channel.
-      const T* pixel[P][P];
-      int64_t moves[P][P];
-      for (int i = 0; i < P; ++i)
-        for (int j = 0; j < P; ++j) {
-          const int64_t y = y0 + i * src.dil_h, x = x0 + j * src.dil_w;
-          const bool inside = y >= 0 && y < src.height && x >= 0 && x < src.width;
-          pixel[i][j] = inside ? patch + i * row + j * column : reinterpret_cast<const T*>(kZeros);
-          moves[i][j] = inside ? -1 : 0;
-        }
+      // At the border: which rows and columns of the patch lie inside.
+      uint32_t rows[P], columns[P];
+      for (int i = 0; i < P; ++i) {
+        const int64_t y = y0 + i * src.dil_h, x = x0 + i * src.dil_w;
+        rows[i] = y >= 0 && y < src.height ? ~0u : 0u;
+        columns[i] = x >= 0 && x < src.width ? ~0u : 0u;
+      }
       for (int64_t b = block0; b < block1; ++b) {
-        const int64_t offset = b * kLanes;
-        const int lanes = int(min<int64_t>(kLanes, C - offset));
+        const T* p = patch + b * kLanes;
+        const int lanes = int(min<int64_t>(kLanes, C - b * kLanes));
         if (lanes == kLanes)
           transform_patch<Patch>(
               [&](int i, int j) __attribute__((always_inline)) {
-                return load(pixel[i][j] + (offset & moves[i][j]));
+                return load_if(p + i * row + j * column, rows[i] & columns[j]);
               },
               relu_after, v + place(tile, b), stride);
         else
           transform_patch<Patch>(
               [&](int i, int j) __attribute__((always_inline)) {
-                return load_part(pixel[i][j] + (offset & moves[i][j]), 0, lanes);
+                return rows[i] & columns[j] ? load_part(p + i * row + j * column, 0, lanes)
+                                            : zero();
               },
               relu_after, v + place(tile, b), stride);
       }
