@@ -63,8 +63,6 @@ constexpr const Accumulate* kAccumulate1 = Accumulates<1, 1, 2, 3, 4, 5, 6>::tab
 constexpr int64_t kChannelBlock = 128;
 constexpr int64_t kPatchBytes = int64_t(512) << 10;  // V and D of a chunk of tiles
 
-typedef double dvec __attribute__((vector_size(kLanes * 8)));
-
 template <int M, typename T>
 struct WeightGradient {
   static constexpr int A = Transform<M>::A, A2 = A * A;
@@ -148,36 +146,40 @@ struct WeightGradient {
     const Groups groups(int(channels(c0, c1)), kRows2);
     const int64_t per_xi = channels(c0, c1) * (k1 - k0) * kLanes;
     const int rows = groups.size(i), size = params.winograd_relu ? A : 3;
+    const int entries = rows * size * size;
+    vec kernels[round_up(kRows2 * A2, kLanes)];  // the group's kernels, lanes = k
     for (int64_t k = k0; k < k1; ++k) {
-      const int vectors = int(min<int64_t>(2, k1 - (k - (k - k0) % 2)));
+      const int64_t panel = (k - k0) / 2 * 2, vectors = min<int64_t>(2, k1 - k0 - panel);
       for (int r = 0; r < rows; ++r) {
-        const int64_t panel = (k - k0) / 2 * 2;
-        const int64_t at = groups.start(i) * (k1 - k0) * kLanes + panel * rows * kLanes +
-                           (r * vectors + (k - k0) % 2) * kLanes;
-        dvec u[A][A], t[3][A];
-        for (int y = 0; y < A; ++y)
-          for (int x = 0; x < A; ++x) {
-            u[y][x] = dvec{};
-            for (int64_t s = 0; s < n; ++s)
-              u[y][x] += __builtin_convertvector(
-                  load(sum + s * sum_floats + (y * A + x) * per_xi + at), dvec);
-          }
+        const float* at = sum + groups.start(i) * (k1 - k0) * kLanes + panel * rows * kLanes +
+                          (r * vectors + (k - k0 - panel)) * kLanes;
+        vec u[A][A], t[3][A];
+        for (int xi = 0; xi < A2; ++xi) {
+          vec total = load(at + xi * per_xi);
+          for (int64_t s = 1; s < n; ++s) total += load(at + s * sum_floats + xi * per_xi);
+          u[xi / A][xi % A] = total;
+        }
         if (!params.winograd_relu) {
           for (int x = 0; x < A; ++x) {
-            dvec column[A], o[3];
+            vec column[A], o[3];
             for (int y = 0; y < A; ++y) column[y] = u[y][x];
             Transform<M>::filter_transposed(column, o);
             for (int y = 0; y < 3; ++y) t[y][x] = o[y];
           }
           for (int y = 0; y < 3; ++y) Transform<M>::filter_transposed(t[y], u[y]);
         }
-        const int64_t c = c0 * kLanes + groups.start(i) + r;
-        const int lanes = int(min<int64_t>(kLanes, g.out_channels - k * kLanes));
-        for (int lane = 0; lane < lanes; ++lane) {
-          float* out = params.gradient + ((k * kLanes + lane) * g.input.c + c) * size * size;
-          for (int y = 0; y < size; ++y)
-            for (int x = 0; x < size; ++x) out[y * size + x] = float(u[y][x][lane]);
-        }
+        for (int y = 0; y < size; ++y)
+          for (int x = 0; x < size; ++x) kernels[(r * size + y) * size + x] = u[y][x];
+      }
+      // The kernels of one k lie together in the weight: (K, C, size, size).
+      const int lanes = int(min<int64_t>(kLanes, g.out_channels - k * kLanes));
+      const int64_t pitch = g.input.c * size * size;
+      float* out =
+          params.gradient + k * kLanes * pitch + (c0 * kLanes + groups.start(i)) * size * size;
+      for (int e = 0; e < entries; e += kLanes) {
+        transpose(kernels + e);
+        for (int lane = 0; lane < lanes; ++lane)
+          store_part(out + lane * pitch + e, kernels[e + lane], 0, min(kLanes, entries - e));
       }
     }
   }

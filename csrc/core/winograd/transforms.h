@@ -48,9 +48,9 @@ struct Transform<2> {
   }
   template <typename T>
   PYWINO_INLINE static void filter_transposed(const T* u, T* o) {  // G^T u
-    const T even = 0.5 * (u[1] + u[2]);
+    const T even = 0.5f * (u[1] + u[2]);
     o[0] = u[0] + even;
-    o[1] = 0.5 * (u[1] - u[2]);
+    o[1] = 0.5f * (u[1] - u[2]);
     o[2] = even + u[3];
   }
   template <typename T>
@@ -113,9 +113,10 @@ struct Transform<4> {
   }
   template <typename T>
   PYWINO_INLINE static void filter_transposed(const T* u, T* o) {
-    constexpr double na = 1.0 / (2.0 * a2 * (a2 - b2)), nb = 1.0 / (2.0 * b2 * (b2 - a2));
+    constexpr float n0 = 1.0 / (double(a2) * b2), na = 1.0 / (2.0 * a2 * (a2 - b2)),
+                    nb = 1.0 / (2.0 * b2 * (b2 - a2));
     const T ae = na * (u[1] + u[2]), be = nb * (u[3] + u[4]);
-    o[0] = (1.0 / (double(a2) * b2)) * u[0] + ae + be;
+    o[0] = n0 * u[0] + ae + be;
     o[1] = (na * a) * (u[1] - u[2]) + (nb * b) * (u[3] - u[4]);
     o[2] = a2 * ae + b2 * be + u[5];
   }
@@ -194,11 +195,11 @@ struct Transform<6> {
   }
   template <typename T>
   PYWINO_INLINE static void filter_transposed(const T* u, T* o) {
-    const T e1 = (-2.0 / 9) * (u[1] + u[2]), e2 = (1.0 / 90) * (u[3] + u[4]),
-            eh = (8.0 / 45) * (u[5] + u[6]);
-    o[0] = u[0] + e1 + e2 + 4 * eh;
-    o[1] = (-2.0 / 9) * (u[1] - u[2]) + (2.0 / 90) * (u[3] - u[4]) + (16.0 / 45) * (u[5] - u[6]);
-    o[2] = e1 + 4 * e2 + eh + u[7];
+    const T e1 = (-2.f / 9) * (u[1] + u[2]), e2 = (1.f / 90) * (u[3] + u[4]),
+            eh = (8.f / 45) * (u[5] + u[6]);
+    o[0] = u[0] + e1 + e2 + 4.f * eh;
+    o[1] = (-2.f / 9) * (u[1] - u[2]) + (2.f / 90) * (u[3] - u[4]) + (16.f / 45) * (u[5] - u[6]);
+    o[2] = e1 + 4.f * e2 + eh + u[7];
   }
   template <typename T>
   PYWINO_INLINE static void filter(const T* g, T* o) {
