@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`conv2d`, a drop-in for `torch.nn.functional.conv2d`, and `winograd_relu_conv2d`."""
+
+import operator
+
+import torch
+from torch import Tensor, get_autocast_dtype, get_num_threads, is_autocast_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.overrides import is_tensor_like
+from torch.utils._device import DeviceContext
+
+from pywino import _native as native
+from pywino import backends, planner
+from pywino.backends import ALGORITHMS, BACKENDS, PRECISIONS, TILES
+from pywino.ops import winograd as ops
+from pywino.reference import winograd as reference
+
+_ops = torch.ops.pywino
+_PLAIN = (Tensor, torch.nn.Parameter)
+_routes = planner.memo()
+# Seconds that a forward must save before a call with gradients leaves PyTorch: what the Python
+# around its backward costs.
+_AUTOGRAD = 40e-6
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def conv2d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    activation=None,
+    backend="auto",
+    algorithm="auto",
+    precision="default",
+):
+    """`torch.nn.functional.conv2d`, by whatever runs the call fastest here.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W). 3 x 3 convolutions of stride 1 and one group have kernels
+            on the CPU, in float32, bfloat16 and float16 (the 16-bit ones computed in float32);
+            everything else that F.conv2d takes goes to it.
+        weight: (K, C / groups, kernel height, kernel width).
+        bias: (K,) or None.
+        stride, padding, dilation, groups: as in F.conv2d, padding="same" and "valid" included.
+        activation: None or "relu", fused into the kernel.
+        backend: "auto" | "cpu" | "aten" | "cuda" | "triton".
+        algorithm: "auto" or F(m x m, 3 x 3) as "f2" | "f4" | "f6".
+        precision: "default" stays in the error class of the dtype; "fast" allows bfloat16 products
+            where the CPU has them.
+
+    Returns:
+        (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype. Where a kernel covers the call,
+        it is channels_last iff the input is. Differentiable twice.
+
+    Raises:
+        RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend or algorithm
+            that cannot run the call.
+
+    The choice is measured at the first call of a signature (`pywino.planner`) and never slower than
+    F.conv2d. Transformed
+    filters are not kept between calls: `pywino.WinogradConv2d` keeps them.
+    """
+    return run_conv2d(
+        input,
+        weight,
+        bias,
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        backend,
+        algorithm,
+        precision,
+    )
+
+
+def run_conv2d(
+    input,
+    weight,
+    bias,
+    residual,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    backend,
+    algorithm,
+    precision,
+    cache=None,
+    strict=True,
+):
+    """`conv2d` with a residual that is added before the activation, for the layers.
+
+    `cache` keeps transformed filters between calls without gradients
+    (`pywino.nn.winograd.FilterCache`); without `strict`, an algorithm that cannot run the call's
+    geometry gives way to PyTorch."""
+    arguments = (stride, padding, dilation, groups, activation, backend, algorithm, precision)
+    if torch.compiler.is_dynamo_compiling():
+        return _traced(input, weight, bias, residual, arguments, cache, strict)
+    if not (
+        type(input) is Tensor
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and (residual is None or type(residual) in _PLAIN)
+        and input.is_cpu
+        # functorch transforms, forward-mode AD, modes and jit.trace know F.conv2d, not our ops.
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and (_len_torch_function_stack() == 0 or _only_default_device())
+        and _len_torch_dispatch_stack() == 0
+        and _get_tracing_state() is None
+    ):
+        return _outside(input, weight, bias, residual, arguments, strict)
+    gradients = torch.is_grad_enabled() and (
+        input.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    key = (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        None if bias is None else (bias.shape, bias.dtype),
+        None if residual is None else (residual.shape, residual.dtype),
+        arguments,
+        strict,
+        cache is not None,
+        gradients,
+        get_num_threads(),
+        is_autocast_enabled("cpu") and get_autocast_dtype("cpu"),
+    )
+    try:
+        route = _routes.get(key)
+    except TypeError:  # a list among the arguments
+        arguments = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
+        return run_conv2d(input, weight, bias, residual, *arguments, cache, strict)
+    if route is None:
+        route = _find_route(input, weight, bias, residual, arguments, cache, strict, gradients)
+        planner.remember(_routes, key, route)
+    return route(input, weight, bias, residual, cache)
+
+
+# --- routes: functions (input, weight, bias, residual, cache) -> output, one for each signature ---
+
+
+def _find_route(input, weight, bias, residual, arguments, cache, strict, gradients):
+    stride, padding, dilation, groups, activation, backend, algorithm, precision = arguments
+    _check_choice("conv2d", backend, algorithm, precision, activation)
+    _check_tensors(input, weight, bias, residual)
+    stride, pads, dilation = _check_geometry(input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() == 3:
+        return lambda input, weight, bias, residual, cache: run_conv2d(
+            input.unsqueeze(0), weight, bias, residual, *arguments, cache, strict
+        ).squeeze(0)
+
+    dtype = get_autocast_dtype("cpu") if _autocasts(input) else input.dtype
+    call = planner.describe(
+        "winograd_conv2d",
+        input,
+        weight,
+        pads,
+        dilation,
+        stride=stride,
+        groups=groups,
+        precision=precision,
+        cached=cache is not None and not gradients,
+    )._replace(dtype=dtype)
+    if not strict and backends.can_run("cpu", call, algorithm) is not None:
+        algorithm = "auto"
+    plan = planner.choose(call, algorithm, backend)
+    tile = plan.tile
+    if gradients and tile and backend == "auto" and not _pays(plan):
+        tile = 0
+    if residual is not None:
+        fits = residual.dtype == dtype and residual.shape == (call.n, call.k, *call.output_size)
+        tile = tile if fits else 0  # the kernels do not broadcast or promote
+    if not tile:
+        covered = backends.can_run("cpu", call) is None
+        layout = torch.channels_last if call.channels_last else torch.contiguous_format
+        return _pytorch_route(arguments, layout if covered else None)
+    if gradients:
+        choice = (activation, algorithm, backend, precision)
+        function = _ops.winograd_conv2d.default if _autocasts(input) else ops.EagerConv2d.apply
+        return lambda input, weight, bias, residual, cache: function(
+            input, weight, bias, residual, pads, dilation, *choice
+        )
+    return _native_route(tile, pads, dilation, activation == "relu", precision, dtype)
+
+
+def _pays(plan):
+    """Whether a measured forward saves what the Python around its backward costs."""
+    seconds = plan.seconds
+    return not seconds or seconds["aten"] - seconds[plan.algorithm] > _AUTOGRAD
+
+
+def _native_route(tile, padding, dilation, relu, precision, dtype):
+    def run(input, weight, bias, residual, cache):
+        fast = backends.uses_fast_products(precision, tile)
+        if cache is None:
+            filter = _ops._winograd_filter.default(weight, tile, False, fast)
+        else:
+            filter = cache.filter(weight, tile, fast)
+        if input.dtype is not dtype:  # autocast
+            input = input.to(dtype)
+        return ops.native_forward(
+            input, filter, bias, residual, weight.shape[0], tile, padding, dilation, relu, fast
+        )
+
+    return run
+
+
+def _pytorch_route(arguments, layout):
+    """F.conv2d; `layout` is the output's by the layout rule, None where no kernel covers the call:
+    there PyTorch's own holds."""
+    stride, padding, dilation, groups, activation, *_ = arguments
+
+    def run(input, weight, bias, residual, cache):
+        if layout is torch.contiguous_format:
+            weight = weight.contiguous()  # PyTorch's output is channels_last if either is
+        output = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if layout is not None:
+            output = output.contiguous(memory_format=layout)
+        if residual is not None:
+            output = output + residual
+        return output if activation is None else output.relu()
+
+    return run
+
+
+# --- calls that are not eager ones on plain CPU tensors ---
+
+
+def _traced(input, weight, bias, residual, arguments, cache, strict):
+    """Under torch.compile: the op where a kernel covers the call. It plans when it runs, on real
+    tensors."""
+    stride, padding, dilation, groups, activation, backend, algorithm, precision = arguments
+    _check_choice("conv2d", backend, algorithm, precision, activation)
+    if input.dim() == 3:
+        output = _traced(input.unsqueeze(0), weight, bias, residual, arguments, cache, strict)
+        return output.squeeze(0)
+    _check_tensors(input, weight, bias, residual)
+    stride, pads, dilation = _check_geometry(input, weight, bias, stride, padding, dilation, groups)
+    dtype = get_autocast_dtype("cpu") if _autocasts(input) else input.dtype
+    covered = (
+        native.loaded
+        and input.device.type == "cpu"
+        and tuple(weight.shape[2:]) == (3, 3)
+        and stride == (1, 1)
+        and groups == 1
+        and dtype in _FLOATS
+    )
+    if strict and not covered and (backend not in ("auto", "aten") or algorithm != "auto"):
+        call = planner.describe(
+            "winograd_conv2d", input, weight, pads, dilation, stride=stride, groups=groups
+        )
+        planner.require("cpu" if backend == "auto" else backend, call, algorithm)
+    if residual is not None and covered:
+        size = ops.output_size(input, weight.shape[0], pads, dilation)
+        covered = residual.dtype == dtype and tuple(residual.shape) == size
+    if not covered or backend == "aten":
+        return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
+    choice = (activation, algorithm, backend, precision)
+    if cache is not None and cache.token is not None and not torch.is_grad_enabled():
+        return _ops._winograd_conv2d_frozen(
+            input, weight, bias, residual, pads, dilation, *choice, cache.token
+        )
+    return _ops.winograd_conv2d(input, weight, bias, residual, pads, dilation, *choice)
+
+
+def _outside(input, weight, bias, residual, arguments, strict):
+    """PyTorch's convolution. On another device, an explicit choice says why it cannot run."""
+    activation, backend, algorithm, precision = arguments[4:]
+    _check_choice("conv2d", backend, algorithm, precision, activation)
+    _check_types("conv2d", input, weight, bias, residual)
+    if (
+        strict
+        and type(input) is Tensor
+        and not input.is_cpu
+        and input.dim() == 4
+        and weight.dim() == 4
+    ):
+        planner.choose(planner.describe("winograd_conv2d", input, weight), algorithm, backend)
+    return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
+
+
+def _only_default_device():
+    """Whether the only __torch_function__ modes are those of torch.set_default_device, which a
+    convolution ignores."""
+    stack = (torch._C._get_function_stack_at(i) for i in range(_len_torch_function_stack()))
+    return all(type(mode) is DeviceContext for mode in stack)
+
+
+def _autocasts(input):
+    device = input.device.type
+    return torch.is_autocast_enabled(device) and input.dtype != torch.float64
+
+
+# --- what a user can get wrong ---
+
+
+def _refuse(op, argument, must, got, remedy, error=RuntimeError):
+    raise error(f"pywino.{op}: {argument} must be {must}, got {got}; {remedy}")
+
+
+def _check_choice(op, backend, algorithm="auto", precision="default", activation=None):
+    for name, value, known in (
+        ("backend", backend, ("auto", *BACKENDS)),
+        ("algorithm", algorithm, ("auto", *ALGORITHMS)),
+        ("precision", precision, PRECISIONS),
+        ("activation", activation, (None, "relu")),
+    ):
+        if value not in known:
+            _refuse(
+                op, name, f"one of {', '.join(map(repr, known))}", repr(value), f"use {known[0]!r}"
+            )
+
+
+def _check_types(op, input, weight, bias, residual):
+    tensors = {"input": input, "weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in tensors.items():
+        optional = name in ("bias", "residual")
+        if not (is_tensor_like(tensor) or (optional and tensor is None)):
+            got, remedy = type(tensor).__name__, "pass a torch.Tensor"
+            _refuse(op, name, "a tensor", got, remedy, TypeError)
+    return tensors
+
+
+def _check_tensors(input, weight, bias, residual, op="conv2d"):
+    tensors = _check_types(op, input, weight, bias, residual)
+    if input.dim() not in (3, 4):
+        remedy = "reshape it"
+        _refuse(op, "input", "(N, C, H, W) or (C, H, W)", tuple(input.shape), remedy)
+    if weight.dim() != 4:
+        remedy = "reshape it"
+        _refuse(
+            op,
+            "weight",
+            "(K, C / groups, kernel height, kernel width)",
+            tuple(weight.shape),
+            remedy,
+        )
+    if weight.shape[0] == 0 or weight.shape[2] == 0 or weight.shape[3] == 0:
+        _refuse(op, "weight", "without empty dimensions", tuple(weight.shape), "drop the layer")
+    for name in ("weight", "bias"):
+        other = tensors[name]
+        if other is None:
+            continue
+        if other.device != input.device:
+            _refuse(
+                op,
+                name,
+                f"on input's device {input.device}",
+                other.device,
+                f"move it: {name}.to(input.device)",
+            )
+        if other.dtype != input.dtype and not _autocasts(input):
+            _refuse(
+                op,
+                name,
+                f"of input's dtype {input.dtype}",
+                other.dtype,
+                f"convert it: {name}.to(input.dtype)",
+            )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        _refuse(
+            op,
+            "bias",
+            f"({weight.shape[0]},), one number an output channel",
+            tuple(bias.shape),
+            "reshape it",
+        )
+
+
+def _check_geometry(input, weight, bias, stride, padding, dilation, groups):
+    """(stride, padding, dilation) as pairs; padding is (0, 0) where a string says something that no
+    kernel covers."""
+    op = "conv2d"
+    stride = _pair(op, "stride", stride, 1)
+    dilation = _pair(op, "dilation", dilation, 1)
+    if not isinstance(groups, int):
+        _refuse(op, "groups", "an integer", repr(groups), "pass an int", TypeError)
+    if groups < 1:
+        _refuse(op, "groups", ">= 1", groups, "use groups=1")
+    channels = weight.shape[1] * groups
+    if input.shape[-3] != channels:
+        got = f"{tuple(input.shape)} for weight {tuple(weight.shape)} and groups={groups}"
+        _refuse(op, "input", f"of {channels} channels", got, "change weight, groups or input")
+    if weight.shape[0] % groups:
+        _refuse(
+            op,
+            "weight",
+            f"of output channels divisible by groups={groups}",
+            weight.shape[0],
+            "change groups",
+        )
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            _refuse(
+                op, "padding", "an integer, two, 'same' or 'valid'", repr(padding), "use padding=0"
+            )
+        if padding == "same" and stride != (1, 1):
+            _refuse(op, "stride", "1 with padding='same'", stride, "give the padding as numbers")
+        return (
+            stride,
+            dilation if padding == "same" and tuple(weight.shape[2:]) == (3, 3) else (0, 0),
+            dilation,
+        )
+    padding = _pair(op, "padding", padding, 0)
+    for i, name in enumerate(("height", "width")):
+        padded, kernel = (
+            input.shape[i - 2] + 2 * padding[i],
+            dilation[i] * (weight.shape[i + 2] - 1) + 1,
+        )
+        if padded < kernel:
+            _refuse(
+                op, "input", f"of padded {name} >= the kernel's {kernel}", padded, "add padding"
+            )
+    return stride, padding, dilation
+
+
+def _pair(op, name, value, least):
+    """Two integers >= least, from one or two."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    try:
+        values = tuple(operator.index(v) for v in values)
+    except TypeError:
+        _refuse(op, name, "an integer or two", repr(value), "pass int or (int, int)", TypeError)
+    if len(values) not in (1, 2):
+        _refuse(
+            op, name, "an integer or two, for height and width", repr(value), "pass (height, width)"
+        )
+    if min(values) < least:
+        _refuse(op, name, f">= {least}", repr(value), "crop or slice the input instead")
+    return values if len(values) == 2 else values * 2
+
+
+# --- Winograd-ReLU ---
+
+
+def winograd_relu_conv2d(
+    input, weight, bias=None, padding=1, dilation=1, *, tile=2, backend="auto"
+):
+    """The Winograd-ReLU layer of Liu et al. (ICLR 2018): Y = A^T [ sum_c W . ReLU(B^T d B) ] A,
+    with W a free parameter.
+
+    It is not a convolution before or after a ReLU, so no trained 3 x 3 weights can be converted:
+    train or fine-tune it.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), float32, bfloat16, float16 (computed in float32) or
+            float64.
+        weight: (K, C, tile + 2, tile + 2), in the Winograd domain.
+        bias: (K,) or None.
+        padding, dilation: an integer or two, as in F.conv2d.
+        tile: 2 (the paper's), 4 or 6: m of F(m x m, 3 x 3).
+        backend: "auto" | "cpu" | "aten" (plain PyTorch, slow) | "cuda" | "triton".
+
+    Returns:
+        (N, K, H + 2 padding - 2 dilation, W + 2 padding - 2 dilation), the size of the 3 x 3
+        convolution: tiles that stick out are cropped. channels_last iff the input is.
+            Differentiable once.
+
+    Raises:
+        RuntimeError, TypeError: arguments that do not fit, and an explicit backend that cannot run.
+    """
+    return run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backend)
+
+
+def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backend, cache=None):
+    """`winograd_relu_conv2d`, with packed filters kept in a layer's `FilterCache`."""
+    op = "winograd_relu_conv2d"
+    _check_choice(op, backend)
+    _check_tensors(input, weight, bias, None, op)
+    if not isinstance(tile, int):
+        _refuse(op, "tile", "2, 4 or 6", repr(tile), "pass an int", TypeError)
+    if tile not in TILES.values():
+        _refuse(op, "tile", "2, 4 or 6", tile, "use tile=2")
+    size = tile + 2
+    if tuple(weight.shape[1:]) != (input.shape[-3], size, size):
+        must = f"(K, {input.shape[-3]}, {size}, {size}) for tile={tile}"
+        remedy = "transform a 3 x 3 weight by pywino.ops.winograd.winograd_transform_filter"
+        _refuse(op, "weight", must, tuple(weight.shape), remedy)
+    padding, dilation = _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
+    for i, name in enumerate(("height", "width")):
+        padded, kernel = input.shape[i - 2] + 2 * padding[i], 2 * dilation[i] + 1
+        if padded < kernel:
+            _refuse(
+                op, "input", f"of padded {name} >= the kernel's {kernel}", padded, "add padding"
+            )
+    if input.dim() == 3:
+        output = run_winograd_relu_conv2d(
+            input.unsqueeze(0), weight, bias, padding, dilation, tile, backend, cache
+        )
+        return output.squeeze(0)
+
+    eager = not torch.compiler.is_dynamo_compiling()
+    if eager and (
+        type(input) is not Tensor
+        or type(weight) not in _PLAIN
+        or (bias is not None and type(bias) not in _PLAIN)
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
+    gradients = torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if eager and cache is not None and not gradients and backend in ("auto", "cpu"):
+        call = planner.describe(op, input, weight, padding, dilation)
+        if _autocasts(input):
+            call = call._replace(dtype=get_autocast_dtype(call.device))
+        if backends.can_run("cpu", call, f"f{tile}") is None:
+            filter = cache.filter(weight, tile, packed=True)
+            input = input.to(call.dtype)
+            k = weight.shape[0]
+            return ops.native_relu_forward(input, filter, bias, k, tile, padding, dilation)
+    return _ops.winograd_relu_conv2d.default(input, weight, bias, padding, dilation, tile, backend)

@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The torch ops of pywino: schemas, kernels in Python that call the native ones, fakes, gradients,
+autocast."""
+
+from pywino.ops import winograd

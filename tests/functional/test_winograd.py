@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""pywino.conv2d takes what F.conv2d takes and refuses what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import pywino
+from pywino import _native as native
+from pywino import backends, planner
+from pywino.reference import winograd as reference
+
+
+def same(*arguments, rtol=1e-4, **options):
+    expected = F.conv2d(*arguments, **options)
+    actual = pywino.conv2d(*arguments, **options)
+    assert actual.dtype == expected.dtype
+    atol = rtol * max(1, expected.detach().abs().max().item()) if expected.numel() else 0
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    return actual
+
+
+X, W, B = torch.randn(2, 32, 20, 21), torch.randn(24, 32, 3, 3), torch.randn(24)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": 1},
+        {"padding": (2, 0)},
+        {"padding": [1, 2]},
+        {"padding": [1]},
+        {"padding": "same"},
+        {"padding": "valid"},
+        {"padding": "same", "dilation": (2, 3)},
+        {"stride": 2, "padding": 1},
+        {"stride": [1, 2]},
+        {"dilation": 2, "padding": 2},
+        {"padding": 7},
+    ],
+    ids=str,
+)
+def test_arguments_of_conv2d(options):
+    for bias in (B, None):
+        same(X, W, bias, **options)
+        same(X[0], W, bias, **options)
+
+
+def test_groups_and_kernels_that_no_kernel_covers():
+    same(X, torch.randn(24, 8, 3, 3), B, 1, 1, 1, 4)
+    same(X, torch.randn(24, 32, 1, 1))
+    same(X, torch.randn(24, 32, 5, 2), padding="same")
+    same(X, torch.randn(32, 1, 3, 3), None, 1, 1, 1, 32)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64]
+)
+def test_dtypes(dtype):
+    input, weight = (t.mul(4).to(dtype) for t in (X[:, :8], W[:, :8]))
+    same(input, weight, padding=1, rtol=0.02 if dtype in (torch.bfloat16, torch.float16) else 1e-4)
+
+
+def test_keywords_and_positions():
+    assert torch.equal(
+        pywino.conv2d(input=X, weight=W, bias=B, stride=1, padding=1, dilation=1, groups=1),
+        pywino.conv2d(X, W, B, 1, 1, 1, 1),
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "f2", "f4", "f6"])
+def test_activation(algorithm):
+    if algorithm != "auto" and not native.loaded:
+        pytest.skip(native.reason)
+    for padding in (1, (1, 2)):
+        actual = pywino.conv2d(X, W, B, padding=padding, activation="relu", algorithm=algorithm)
+        expected = F.conv2d(X, W, B, padding=padding).relu()
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    strided = pywino.conv2d(X, W, B, 2, activation="relu")
+    torch.testing.assert_close(strided, F.conv2d(X, W, B, 2).relu())
+
+
+@pytest.mark.parametrize("plan", ["aten", "f4"])
+def test_output_layout_follows_the_input_alone(plan):
+    if plan == "f4" and not native.loaded:
+        pytest.skip(native.reason)
+    force = planner.force("aten") if plan == "aten" else planner.force("cpu", plan)
+    with force:
+        for channels_last in (False, True):
+            for weight in (W, W.to(memory_format=torch.channels_last)):
+                for context in (torch.no_grad, torch.enable_grad):
+                    format = torch.channels_last if channels_last else torch.contiguous_format
+                    input = X.contiguous(memory_format=format)
+                    with context():
+                        leaf = weight.detach().requires_grad_()
+                        output = pywino.conv2d(input, leaf, B, padding=1)
+                    assert backends.is_channels_last(output) == channels_last
+
+
+# --- where PyTorch takes over ---
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "f4"])
+def test_functorch_transforms(algorithm):
+    def loss(weight, input):
+        return pywino.conv2d(input, weight, padding=1, algorithm=algorithm).square().sum()
+
+    def plain(weight, input):
+        return F.conv2d(input, weight, padding=1).square().sum()
+
+    weight, input = W[:4, :4].double(), X[:, :4, :7, :7].double()
+    for transform in (
+        torch.func.grad,
+        torch.func.jacrev,
+        torch.func.jacfwd,
+        lambda f: torch.func.vmap(f, (None, 0)),
+        lambda f: torch.func.vmap(torch.func.grad(f), (None, 0)),
+    ):
+        batch = input[:, None] if "vmap" in repr(transform.__code__.co_names) else input
+        torch.testing.assert_close(transform(loss)(weight, batch), transform(plain)(weight, batch))
+
+
+def test_forward_mode_ad():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, X.cos())
+        tangent = forward_ad.unpack_dual(pywino.conv2d(dual, W, padding=1)).tangent
+    torch.testing.assert_close(tangent, F.conv2d(X.cos(), W, padding=1), rtol=1e-4, atol=1e-3)
+
+
+def test_tensor_subclasses():
+    class Logged(torch.Tensor):
+        seen = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    output = pywino.conv2d(X.as_subclass(Logged), W, padding=1)
+    assert type(output) is Logged
+    assert torch.conv2d in Logged.seen
+    assert type(pywino.conv2d(X, W.as_subclass(Logged), padding=1)) is Logged
+
+
+def test_modes():
+    class Counting(torch.overrides.TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen += function is torch.conv2d
+            return function(*args, **(kwargs or {}))
+
+    with Counting() as mode:
+        pywino.conv2d(X, W, padding=1)
+    assert mode.seen == 1
+    with FlopCounterMode(display=False) as counter:
+        pywino.conv2d(X, W, padding=1)
+    assert counter.get_total_flops() == 2 * 2 * 24 * 32 * 9 * 20 * 21
+
+
+@pytest.mark.native
+def test_a_default_device_changes_nothing():
+    choose, asked = planner.choose, []
+    planner.choose = lambda *a: asked.append(a) or choose(*a)
+    try:
+        with torch.device("cpu"):
+            pywino.conv2d(X[:, :, 2:], W)
+    finally:
+        planner.choose = choose
+    assert asked
+
+
+def test_tracing_and_export():
+    traced = torch.jit.trace(lambda x: pywino.conv2d(x, W, B, padding=1), X)
+    assert "aten::_convolution" in str(traced.graph) or "aten::conv2d" in str(traced.graph)
+
+    class Model(torch.nn.Module):
+        def forward(self, input):
+            return pywino.conv2d(input, W, B, padding=1)
+
+    program = torch.export.export(Model(), (X,))
+    torch.testing.assert_close(
+        program.module()(X), F.conv2d(X, W, B, padding=1), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_meta_tensors():
+    output = pywino.conv2d(X.to("meta"), W.to("meta"), padding=1)
+    assert (output.device.type, output.shape) == ("meta", (2, 24, 20, 21))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    for leaf in (W, W.clone().requires_grad_()):
+        with torch.autocast("cpu", dtype):
+            same(X, leaf, B, padding=1, rtol=0.02)
+            same(X.double(), leaf.detach().double(), padding=1)
+            mixed = pywino.conv2d(X.to(dtype), leaf, B, padding=1)
+        assert mixed.dtype == dtype
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "f4"])
+def test_gradients(algorithm):
+    if algorithm != "auto" and not native.loaded:
+        pytest.skip(native.reason)
+    grads = []
+    for function, options in ((F.conv2d, {}), (pywino.conv2d, {"algorithm": algorithm})):
+        leaves = [t.clone().requires_grad_() for t in (X, W, B)]
+        output = function(*leaves, padding=1, **options)
+        grads.append(torch.autograd.grad(output.sin().sum(), leaves))
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=2e-2)
+
+
+# --- refusals ---
+
+REFUSED = {
+    "input of rank 2": (lambda: ((X[0, 0], W), {}), r"input must be \(N, C, H, W\)"),
+    "input of rank 5": (lambda: ((X[None], W), {}), "input must be"),
+    "weight of rank 3": (lambda: ((X, W[0]), {}), "weight must be"),
+    "channels": (lambda: ((X, W[:, :5]), {}), r"input must be of 5 channels, got \(2, 32"),
+    "channels and groups": (lambda: ((X, W), {"groups": 2}), "of 64 channels"),
+    "groups do not divide": (lambda: ((X, W[:9, :16]), {"groups": 2}), "divisible by groups=2"),
+    "groups 0": (lambda: ((X, W), {"groups": 0}), "groups must be >= 1"),
+    "bias": (lambda: ((X, W, B[:3]), {}), r"bias must be \(24,\)"),
+    "bias of rank 2": (lambda: ((X, W, B[None]), {}), r"bias must be \(24,\)"),
+    "dtypes": (lambda: ((X, W.double()), {}), "weight must be of input's dtype"),
+    "bias dtype": (lambda: ((X, W, B.double()), {}), "bias must be of input's dtype"),
+    "negative padding": (lambda: ((X, W), {"padding": -1}), "padding must be >= 0, got -1"),
+    "negative padding of one side": (lambda: ((X, W), {"padding": (1, -1)}), "padding must be"),
+    "zero stride": (lambda: ((X, W), {"stride": 0}), "stride must be >= 1, got 0"),
+    "negative stride": (lambda: ((X, W), {"stride": -1}), "stride must be >= 1"),
+    "zero dilation": (lambda: ((X, W), {"dilation": 0}), "dilation must be >= 1"),
+    "three paddings": (lambda: ((X, W), {"padding": (1, 1, 1)}), "padding must be"),
+    "three strides": (lambda: ((X, W), {"stride": (1, 1, 1)}), "stride must be"),
+    "unknown padding": (lambda: ((X, W), {"padding": "full"}), "'same' or 'valid', got 'full'"),
+    "same with stride": (lambda: ((X, W), {"padding": "same", "stride": 2}), "stride must be 1"),
+    "empty kernel": (lambda: ((X, W[:, :, :0]), {}), "weight must be without empty"),
+    "no output channels": (lambda: ((X, W[:0]), {}), "weight must be without empty"),
+    "kernel too large": (lambda: ((X[:, :, :2], W), {}), "padded height >= the kernel's 3, got 2"),
+    "dilated kernel too large": (lambda: ((X, W), {"dilation": 11}), "padded height >= the kernel"),
+    "float padding": (lambda: ((X, W), {"padding": 1.5}), "padding must be an integer or two"),
+    "nan stride": (lambda: ((X, W), {"stride": float("nan")}), "stride must be an integer"),
+    "float groups": (lambda: ((X, W), {"groups": 1.0}), "groups must be an integer"),
+    "list input": (lambda: (([1.0], W), {}), "input must be a tensor, got list"),
+    "none weight": (lambda: ((X, None), {}), "weight must be a tensor, got NoneType"),
+    "string bias": (lambda: ((X, W, "b"), {}), "bias must be a tensor, got str"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_what_conv2d_refuses_by_the_same_type(name):
+    make, message = REFUSED[name]
+    arguments, options = make()
+    with pytest.raises(Exception) as theirs:
+        F.conv2d(*arguments, **options)
+    kind = RuntimeError if issubclass(theirs.type, RuntimeError) else theirs.type
+    with pytest.raises(kind, match=message) as ours:
+        pywino.conv2d(*arguments, **options)
+    assert str(ours.value).startswith("pywino.conv2d: ")
+    assert "; " in str(ours.value)  # what to do instead
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"backend": "opencl"},
+            "backend must be one of 'auto', .*'aten', got 'opencl'; use 'auto'",
+        ),
+        ({"algorithm": "f3"}, "algorithm must be one of 'auto'.* got 'f3'"),
+        ({"algorithm": float("nan")}, "algorithm must be .* got nan"),
+        ({"precision": "low"}, "precision must be one of 'default', 'fast', got 'low'"),
+        ({"activation": "gelu"}, "activation must be one of None, 'relu', got 'gelu'"),
+        ({"backend": "aten", "algorithm": "f4"}, "PyTorch chooses its own algorithm"),
+        ({"backend": "cuda"}, "'cuda'.*has no kernel for winograd_conv2d in this version; use"),
+        ({"backend": "triton"}, "has no kernel for winograd_conv2d"),
+        ({"algorithm": "f4", "stride": 2}, r"cannot run this call: .*(stride 1|not loaded)"),
+        ({"backend": "cpu", "stride": 2}, r"cannot run this call: .*(stride 1|not loaded)"),
+        ({"algorithm": "direct"}, r"cannot run this call: .*(f2, f4 and f6|not loaded)"),
+    ],
+    ids=str,
+)
+def test_refuses_a_choice_that_cannot_run(options, message):
+    for _ in range(2):  # not only at the first call
+        with pytest.raises(RuntimeError, match=message):
+            pywino.conv2d(X, W, **options)
+
+
+@pytest.mark.native
+def test_explicit_choices_say_what_they_lack():
+    for input, weight, message in (
+        (X.double(), W.double(), "it computes float32, bfloat16 and float16, not float64"),
+        (X, torch.randn(4, 32, 5, 5), "it covers 3x3 kernels, not 5x5"),
+        (X[:0], W, "the call is empty"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            pywino.conv2d(input, weight, algorithm="f4")
+    with pytest.raises(RuntimeError, match="the tensors are on meta"):
+        pywino.conv2d(X.to("meta"), W.to("meta"), algorithm="f4")
+
+
+def test_refuses_tensors_on_two_devices():
+    with pytest.raises(
+        RuntimeError, match="weight must be on input's device cpu, got meta; move it"
+    ):
+        pywino.conv2d(X, W.to("meta"))
+
+
+def test_without_the_native_library_an_explicit_algorithm_says_so(monkeypatch):
+    monkeypatch.setattr(native, "loaded", False)
+    monkeypatch.setattr(native, "reason", "it was never built")
+    planner.reset()
+    with pytest.raises(RuntimeError, match="not loaded: it was never built"):
+        pywino.conv2d(X, W, algorithm="f4")
+    torch.testing.assert_close(pywino.conv2d(X, W), F.conv2d(X, W))
+    layer = pywino.WinogradConv2d(32, 24, 3, algorithm="f4")
+    torch.testing.assert_close(layer(X), layer.to_dense()(X))
+    relu = pywino.WinogradReLUConv2d(32, 24)
+    torch.testing.assert_close(relu(X), reference.winograd_relu_conv2d(X, relu.weight))
+
+
+# --- Winograd-ReLU ---
+
+
+def test_winograd_relu_conv2d():
+    weight = torch.randn(24, 32, 6, 6)
+    for padding, dilation in ((1, 1), ((0, 2), (1, 2))):
+        expected = reference.winograd_relu_conv2d(X, weight, B, padding, dilation, 4)
+        actual = pywino.winograd_relu_conv2d(X, weight, B, padding, dilation, tile=4)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-2)
+        one = pywino.winograd_relu_conv2d(X[0], weight, B, padding, dilation, tile=4)
+        torch.testing.assert_close(one, expected[0], rtol=1e-3, atol=1e-2)
+
+
+def test_winograd_relu_conv2d_under_functorch():
+    weight, input = torch.randn(4, 4, 4, 4).double(), X[:, :4, :7, :7].double()
+    grads = torch.func.grad(lambda w: pywino.winograd_relu_conv2d(input, w).square().sum())(weight)
+    leaf = weight.clone().requires_grad_()
+    pywino.winograd_relu_conv2d(input, leaf).square().sum().backward()
+    torch.testing.assert_close(grads, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"tile": 3}, RuntimeError, "tile must be 2, 4 or 6, got 3; use tile=2"),
+        ({"tile": float("nan")}, TypeError, "tile must be 2, 4 or 6, got nan"),
+        (
+            {"tile": 4},
+            RuntimeError,
+            r"weight must be \(K, 32, 6, 6\) for tile=4, got \(24, 32, 4, 4\)",
+        ),
+        ({"padding": -1}, RuntimeError, "padding must be >= 0"),
+        ({"dilation": 0}, RuntimeError, "dilation must be >= 1"),
+        ({"dilation": 30}, RuntimeError, "padded height >= the kernel's 61"),
+        ({"backend": "cuda"}, RuntimeError, "has no kernel for winograd_relu_conv2d"),
+        ({"backend": "none"}, RuntimeError, "backend must be one of"),
+    ],
+    ids=str,
+)
+def test_winograd_relu_conv2d_refuses(options, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        pywino.winograd_relu_conv2d(X, torch.randn(24, 32, 4, 4), **options)
+    assert str(error.value).startswith("pywino.winograd_relu_conv2d: ")
