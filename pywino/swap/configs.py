@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a layer can be swapped for: one config a kind, and the handler that knows how.
+
+A later kind (sparse, dilated, ...) writes a frozen dataclass and calls `register`; nothing else
+here changes.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from pywino import planner
+from pywino.backends import Call
+from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
+from pywino.ops.winograd import winograd_transform_filter
+from pywino.swap.report import Layer
+
+TILES = (2, 4, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_tile(op: str, tile: object, choices: tuple) -> None:
+    # type() and not ==: 2.0 and True are no tiles.
+    if not any(type(tile) is type(choice) and tile == choice for choice in choices):
+        raise RuntimeError(f"pywino.{op}: tile must be one of {choices}, got {tile!r}")
+
+
+@dataclass(frozen=True)
+class Winograd:
+    """Dense 3x3 convolutions by Winograd's algorithm, as `WinogradConv2d`. The function stays.
+
+    tile: "auto" (measured, and PyTorch's kernel where that is faster), 2, 4 or 6 for F(2x2,3x3),
+    F(4x4,3x3), F(6x6,3x3).
+    precision: "default" stays in the error class of the call's dtype; "fast" allows bf16 products
+    inside.
+    """
+
+    tile: int | str = "auto"
+    precision: str = "default"
+
+    def __post_init__(self):
+        _check_tile("Winograd", self.tile, ("auto", *TILES))
+        if self.precision not in ("default", "fast"):
+            raise RuntimeError(
+                f"pywino.Winograd: precision must be 'default' or 'fast', got {self.precision!r}"
+            )
+
+    @property
+    def algorithm(self) -> str:
+        return "auto" if self.tile == "auto" else f"f{self.tile}"
+
+
+@dataclass(frozen=True)
+class WinogradReLU:
+    """ReLU -> 3x3 convolution as one layer, ReLU in the Winograd domain (Liu et al., ICLR 2018).
+
+    Another function, with (tile + 2)^2 weights a filter instead of 9: for `pywino.convert_`, and
+    then for training.
+
+    tile: 2 (the paper's), 4 or 6 for F(2x2,3x3), F(4x4,3x3), F(6x6,3x3).
+    init: "transform" starts from G w G^T and keeps the bias, "fresh" from new random numbers.
+    """
+
+    tile: int = 2
+    init: str = "transform"
+
+    def __post_init__(self):
+        _check_tile("WinogradReLU", self.tile, TILES)
+        if self.init not in ("transform", "fresh"):
+            raise RuntimeError(
+                f"pywino.WinogradReLU: init must be 'transform' or 'fresh', got {self.init!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Handler:
+    """How one kind of config treats one layer.
+
+    speaks_of: modules that a report names, taken or not.
+    layer: what `make` makes. It has `to_dense()`, or else no counterpart in torch.
+    refuse(module, config): why this module stays as it is, with what to do about it; None takes it.
+    make(module, config): the new module, sharing the old one's parameters where `keeps_function`.
+    matches(module, config): is this `layer` configured so already?
+    update(module, config): makes it so.
+    measure(module, config, args, kwargs, row): adds what one call costs to a row of a report; for
+        config None, of the layer as it is.
+    """
+
+    speaks_of: type[nn.Module]
+    layer: type[nn.Module]
+    refuse: Callable[[nn.Module, Any], str | None]
+    make: Callable[[nn.Module, Any], nn.Module]
+    matches: Callable[[nn.Module, Any], bool] = lambda module, config: True
+    update: Callable[[nn.Module, Any], None] | None = None
+    measure: Callable[[nn.Module, Any, tuple, dict, Layer], None] | None = None
+    keeps_function: bool = True
+
+
+HANDLERS: dict[type, Handler] = {}
+
+
+def register(config: type, handler: Handler) -> None:
+    """Teaches `swap_`, `plan`, `restore_` and `convert_` a kind of config."""
+    HANDLERS[config] = handler
+
+
+def handler_of(config: object, op: str) -> Handler:
+    handler = HANDLERS.get(type(config))
+    if handler is None:
+        names = ", ".join(f"pywino.{kind.__name__}(...)" for kind in HANDLERS)
+        hint = " (an instance, not the class)" if isinstance(config, type) else ""
+        raise TypeError(
+            f"pywino.{op}: config must be one of {names}, a dict of them or None, "
+            f"got {config!r}{hint}"
+        )
+    return handler
+
+
+def refuse_conv(conv: nn.Module) -> str | None:
+    """Why a module is not a 3x3 convolution that a Winograd layer can stand in for; None: it is."""
+    if isinstance(conv, torch.jit.ScriptModule):
+        return "it is TorchScript; swap before scripting"
+    if parametrize.is_parametrized(conv):
+        names = ", ".join(conv.parametrizations)
+        remedy = "torch.nn.utils.parametrize.remove_parametrizations"
+        return f"its {names} is parametrized; swap after {remedy}"
+    if isinstance(conv, LazyModuleMixin):
+        return "it is lazy; run the model once, then swap"
+    if type(conv) is not nn.Conv2d:
+        return (
+            f"it is a {type(conv).__name__}, a subclass of Conv2d that may compute something else"
+        )
+    if "forward" in vars(conv):
+        return "another forward is bound to it"
+    if conv._compiled_call_impl is not None:
+        return "it was compiled on its own; swap before compiling"
+    if reason := _odd_parameter(conv):
+        return reason
+    if conv.kernel_size != (3, 3):
+        return f"its kernel is {conv.kernel_size[0]}x{conv.kernel_size[1]}, not 3x3"
+    if conv.stride != (1, 1):
+        return f"its stride is {conv.stride}, not 1"
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups, not 1"
+    if conv.padding_mode != "zeros":
+        return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
+    if conv.weight.dtype not in DTYPES:
+        return (
+            f"its weights are {conv.weight.dtype}; the kernels take float32, bfloat16 and float16"
+        )
+    return None
+
+
+def _odd_parameter(conv: nn.Conv2d) -> str | None:
+    for name in ("weight", "bias"):
+        if f"{name}_mask" in conv._buffers:
+            return f"its {name} is pruned; swap after torch.nn.utils.prune.remove(module, {name!r})"
+        if f"{name}_g" in conv._parameters:
+            return f"its {name} is weight-normed; swap after torch.nn.utils.remove_weight_norm"
+        if f"{name}_u" in conv._buffers:
+            return (
+                f"its {name} is spectrally normed; swap after torch.nn.utils.remove_spectral_norm"
+            )
+        if name not in conv._parameters:
+            return f"its {name} is computed from something else"
+        parameter = conv._parameters[name]
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"its {name} is a {type(parameter).__name__}, a tensor subclass"
+    return None
+
+
+def _make_winograd(conv: nn.Module, config: Winograd) -> WinogradConv2d:
+    return WinogradConv2d.from_dense(conv, algorithm=config.algorithm, precision=config.precision)
+
+
+def _matches_winograd(layer: WinogradConv2d, config: Winograd) -> bool:
+    return (layer.algorithm, layer.precision) == (config.algorithm, config.precision)
+
+
+def _update_winograd(layer: WinogradConv2d, config: Winograd) -> None:
+    layer.algorithm, layer.precision = config.algorithm, config.precision
+
+
+def _measure_winograd(
+    conv: nn.Conv2d, config: Winograd | None, args: tuple, kwargs: dict, row: Layer
+) -> None:
+    input = args[0] if args else kwargs["input"]
+    if input.dim() == 3:
+        input = input.unsqueeze(0)
+    wanted = conv if config is None else config
+    call = planner.describe(
+        "winograd_conv2d",
+        input,
+        conv.weight,
+        both_sides(conv),
+        conv.dilation,
+        precision=wanted.precision,
+        cached=True,  # the example runs without gradients: the transformed filters are kept
+    )
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        call = call._replace(dtype=torch.get_autocast_dtype(device))
+
+    row.calls += 1
+    chosen, before, after = _add_candidates(
+        call, wanted.algorithm, row, "channels_last" if call.channels_last else ""
+    )
+    shape = f"{'x'.join(map(str, input.shape))} -> {conv.out_channels}"
+    if conv.dilation != (1, 1):
+        shape += f", dilation {conv.dilation[0]}"
+    row.shape = shape if not row.shape or row.shape == shape else "several"
+    row.chosen = chosen if row.chosen in (None, chosen) else "several"
+    row.before, row.after = _plus(row.before, before, row.calls), _plus(row.after, after, row.calls)
+    if not call.channels_last:
+        last = call._replace(channels_last=True)
+        _, _, after = _add_candidates(last, wanted.algorithm, row, "channels_last", True)
+    row.channels_last = _plus(row.channels_last, after, row.calls)
+
+
+def _add_candidates(
+    call: Call, algorithm: str, row: Layer, layout: str, only_times: bool = False
+) -> tuple[str, float | None, float | None]:
+    """Puts the candidates of one call into a row, each once.
+
+    Returns what is chosen, PyTorch's time and the chosen one's.
+    """
+    try:
+        plan = planner.choose(call, algorithm)
+    except RuntimeError as error:  # a tile that cannot run this call: the layer then chooses too
+        row.reason, plan = str(error), planner.choose(call)
+    chosen = plan.algorithm or plan.backend
+    seconds = {}
+    for candidate in planner.candidates(call):
+        name = candidate.algorithm or candidate.backend
+        seconds[name] = candidate.seconds
+        if only_times and candidate.seconds is None:
+            continue
+        entry = {
+            "algorithm": name,
+            "backend": candidate.backend,
+            "layout": layout,
+            "seconds": candidate.seconds,
+            "reason": candidate.reason,
+            "chosen": name == chosen,
+        }
+        if entry not in row.candidates:
+            row.candidates.append(entry)
+    return chosen, seconds.get("aten"), seconds.get(chosen)
+
+
+def _plus(total: float | None, seconds: float | None, calls: int) -> float | None:
+    """A sum over calls that is None as soon as one of them was not measured."""
+    if calls == 1:
+        return seconds
+    return None if total is None or seconds is None else total + seconds
+
+
+def _refuse_relu(conv: nn.Module, config: WinogradReLU) -> str | None:
+    if type(conv) is WinogradConv2d:
+        return "a ReLU is fused into it; convert before fusing" if conv.activation else None
+    return refuse_conv(conv)
+
+
+def _make_relu(conv: nn.Conv2d, config: WinogradReLU) -> WinogradReLUConv2d:
+    weight = conv.weight
+    layer = WinogradReLUConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        padding=both_sides(conv),
+        dilation=conv.dilation,
+        bias=conv.bias is not None,
+        tile=config.tile,
+    ).to(device=weight.device, dtype=weight.dtype)
+    if config.init == "transform":
+        with torch.no_grad():
+            layer.weight.copy_(winograd_transform_filter(weight, config.tile))
+        layer.bias = conv.bias
+    layer.weight.requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(conv.bias.requires_grad)
+    return layer.train(conv.training)
+
+
+def both_sides(conv: nn.Conv2d) -> tuple[int, int]:
+    """The padding as numbers: a 3x3 kernel's "same" is its dilation."""
+    if isinstance(conv.padding, str):
+        return conv.dilation if conv.padding == "same" else (0, 0)
+    return conv.padding
+
+
+register(
+    Winograd,
+    Handler(
+        speaks_of=nn.Conv2d,
+        layer=WinogradConv2d,
+        refuse=lambda module, config: refuse_conv(module),
+        make=_make_winograd,
+        matches=_matches_winograd,
+        update=_update_winograd,
+        measure=_measure_winograd,
+    ),
+)
+register(
+    WinogradReLU,
+    Handler(
+        speaks_of=nn.Conv2d,
+        layer=WinogradReLUConv2d,
+        refuse=_refuse_relu,
+        make=_make_relu,
+        keeps_function=False,
+    ),
+)
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the line outside of this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("pywino.swap"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level - 1)
