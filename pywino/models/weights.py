@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checkpoints into models, tensors only: a file can never run code."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"load_weights: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"load_weights: {path} cannot be read as a file of tensors ({reason}); "
+            "write it with torch.save(model.state_dict(), path) or as .safetensors"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise RuntimeError(
+            f"load_weights: {path} must hold a state_dict (names to tensors), "
+            f"got {type(content).__name__}"
+        )
+    return content
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Fill `model` from a `.safetensors` or `torch.save` file and return it.
+
+    Names and shapes must fit one to one, a `module.` in front of every name (DataParallel's) aside;
+    otherwise a RuntimeError lists what does not and the model is left as it was. Pickled objects
+    are refused.
+    """
+    state = _read(Path(path))
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is unknown to the model" for name in state if name not in expected]
+    problems += [
+        f"{name} must be {tuple(expected[name].shape)}, got {tuple(value.shape)}"
+        for name, value in state.items()
+        if name in expected and value.shape != expected[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise RuntimeError(
+            f"load_weights: {path} does not fit {type(model).__name__}: "
+            f"{'; '.join(problems[:5])}{more}. "
+            "Build the model with the arguments that the weights were trained with"
+        )
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benches' own machinery: the registry, the tables, and the `compare` fixture on functions that
+take no time."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHES = Path(__file__).parents[1] / "benches"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benches_{name}", BENCHES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+layers = load("layers")
+tables = load("tables")
+
+
+# ----------------------------------------------------------------------------------------- layers
+
+
+def test_layers_are_the_ones_that_are_promised():
+    assert (len(layers.LAYERS), len(layers.UNDILATED), len(layers.DENSE)) == (25, 19, 17)
+    every = layers.LAYERS + layers.ADVERSARIAL
+    assert len({layer.name for layer in every}) == len(every)
+    assert set(layers.QUICK) < set(layers.LAYERS)
+    assert len(layers.QUICK) == 10
+    assert {layer.dilation for layer in layers.SAPNET} == {1, 2, 4, 8}
+    # VGG-16's conv1_2, by hand: 2 * 9 * 64 * 64 * 224 * 224.
+    assert layers.LAYERS[0].flops == 3_699_376_128
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_layer_tensors(memory_format):
+    layer = layers.Layer("l", 2, 5, 7, 9, 4, dilation=2)
+    x, w, b = layer.tensors(torch.bfloat16, memory_format)
+    assert (x.shape, w.shape, b.shape) == ((2, 5, 7, 9), (4, 5, 3, 3), (4,))
+    assert x.dtype == w.dtype == b.dtype == torch.bfloat16
+    assert x.is_contiguous(memory_format=memory_format)
+    assert w.is_contiguous(memory_format=memory_format)
+    assert torch.equal(x, layer.tensors(torch.bfloat16)[0])  # values do not depend on the format
+    assert not torch.equal(x, layer.tensors(torch.bfloat16, seed=1)[0])
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def row(ratio, **changes):
+    environment = {"date": "2026-01-02T03:04:05", "torch": "2", "threads": 2, "isa": "avx2"}
+    environment["allocator"] = "default"
+    base = {"algorithm": "f4", "ms": 1.0, "peers_ms": {"nchw": ratio}, "ratios": {"nchw": ratio}}
+    base |= {"against": "nchw", "ratio": ratio, "error": 1e-6, "peers_error": {}, "clean": 9}
+    return base | {"rounds": 9, "note": "", "environment": environment, "suspect": False} | changes
+
+
+MACHINE = {"cpu": "a processor", "cores": 2, "system": "s"}
+
+
+def test_geometric_mean_and_losses():
+    content = {
+        "table": "t",
+        "title": "T",
+        "machine": MACHINE,
+        "rows": {"a": row(8.0), "b": row(0.5)},
+    }
+    text = tables.markdown(content)
+    assert "geometric mean 2.00×, least 0.50×, most 8.00×, rows 2, losses 1 (b)." in text
+    assert "| a | f4 | 1 | 8 | 8.00 | 1e-06 |  |" in text
+    assert "`*`" not in text
+    assert "`?`" not in text
+
+
+def test_odd_rows_are_marked():
+    rows = {"a": row(4.5, suspect=True), "b": row(2.0, clean=1)}
+    text = tables.markdown({"table": "t", "title": "T", "machine": MACHINE, "rows": rows})
+    assert "| 4.50? |" in text
+    assert "| 2.00* |" in text
+    assert "`*`: the machine was busy" in text
+    assert "`?`: more than" in text
+
+
+def test_new_rows_replace_old_ones_and_the_rest_stays(tmp_path):
+    tables.update(tmp_path, "t", "T", MACHINE, {"a": row(1.0), "b": row(2.0)})
+    tables.update(tmp_path, "t", "T", MACHINE, {"b": row(4.0), "c": row(8.0)})
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {name: r["ratio"] for name, r in rows.items()} == {"a": 1.0, "b": 4.0, "c": 8.0}
+    assert "rows 3" in (tmp_path / "t.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"t.json", "t.md"}
+
+
+def test_places_are_filled_and_found_stale(tmp_path):
+    results = tmp_path / "results"
+    tables.update(results, "forward", "Forward", MACHINE, {"a": row(3.0)})
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- table: forward -->\nold\n<!-- end table -->\nbetween\n"
+        "<!-- table: summary -->\n<!-- end table -->\n"
+        "<!-- table: absent -->\n<!-- end table -->\nafter\n"
+    )
+    arguments = [str(page), "--results", str(results)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert "old" in page.read_text()
+    assert tables.main(arguments) == 0
+    text = page.read_text()
+    assert tables.main([*arguments, "--check"]) == 0
+    assert text.startswith("before\n<!-- table: forward -->\n**forward**: Forward\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| forward | Forward | 1 | 3.00× | 3.00× | 3.00× | 0 |" in text
+    assert text.count("Not measured yet") == 1
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    tables.write_whole(path, "old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tables.write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------- compare
+
+TINY = '''
+import os, time
+import pytest, torch
+
+X = torch.arange(4.0)
+
+def sleep(ms, error=0.0):
+    def function():
+        time.sleep(ms / 1e3)
+        return X * 2 + error
+    return function
+
+exact = lambda: X.double() * 2
+
+@pytest.mark.benchmark(group="plain")
+def test_plain(compare):
+    """a title over
+    two lines"""
+    peers = {"slow": sleep(8), "fast": sleep(4), "other": sleep(1, error=1.0)}
+    compare({"f2": sleep(6), "f4": sleep(2)}, peers, reference=exact, limit={"f2": 0, "f4": 0},
+            denominator=("slow", "fast"), bounds={"f4": 1.5}, note="A note.")
+
+@pytest.mark.benchmark(group="calls")
+def test_calls(compare):
+    compare(sleep(1), {"p": sleep(2)}, calls=5, overhead=True)
+
+@pytest.mark.benchmark(group="wrong")
+def test_wrong(compare):
+    compare(sleep(1, error=1e-3), {"p": sleep(1)}, reference=exact, limit=1e-5)
+
+@pytest.mark.benchmark(group="worse")
+def test_worse(compare):
+    compare(sleep(1, error=2e-3), {"p": sleep(1, error=1e-3)}, reference=exact, limit="no worse")
+
+@pytest.mark.benchmark(group="elsewhere")
+@pytest.mark.environment(TINY_VARIABLE="set", GLIBC_TUNABLES=None)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_elsewhere(compare, index):
+    """another process"""
+    if index == 2:
+        pytest.skip("not here")
+    assert os.environ["TINY_VARIABLE"] == "set"
+    assert "GLIBC_TUNABLES" not in os.environ
+    assert index == 0, "the second one fails"
+    compare(sleep(1), {"p": sleep(3)}, reference=exact, limit=0, note=f"in {os.getpid()}")
+
+@pytest.mark.benchmark(group="rows")
+@pytest.mark.layers(full=("a", "b", "c"), default=("b",))
+def test_rows(compare, layer):
+    compare(sleep(1), {"p": sleep(1)}, note=os.environ.get("GLIBC_TUNABLES", ""))
+
+@pytest.mark.benchmark(group="long")
+@pytest.mark.full_only
+def test_long(compare):
+    compare(sleep(1), {"p": sleep(1)})
+'''
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A run of the tiny bench: (its output, folder of results, saved JSON of pytest-benchmark)."""
+    folder = tmp_path_factory.mktemp("benches")
+    for name in ("conftest.py", "tables.py"):
+        shutil.copy(BENCHES / name, folder)
+    (folder / "bench_tiny.py").write_text(TINY)
+    (folder / "pytest.ini").write_text(
+        "[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib\n"
+    )
+    root = str(Path(__file__).parents[1])
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYWINO_BENCH", "PYTEST"))
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    options = [
+        "--benchmark-only",
+        "--benchmark-json=saved.json",
+        "--bench-results=results",
+        "--bench-threads=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", ".", *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    saved = (
+        json.loads((folder / "saved.json").read_text())
+        if (folder / "saved.json").exists()
+        else None
+    )
+    return done.stdout + done.stderr, folder / "results", saved
+
+
+def rows(tiny, table):
+    return json.loads((tiny[1] / f"{table}.json").read_text())["rows"]
+
+
+def test_compare_measures_the_better_candidate_against_the_better_peer(tiny):
+    output, results, _ = tiny
+    (plain,) = rows(tiny, "plain").values()
+    assert plain["algorithm"] == "f4"
+    assert plain["against"] == "fast"
+    assert 1.4 < plain["ratio"] < 2.6
+    assert 3 < plain["ratios"]["slow"] < 5
+    assert plain["ratios"]["other"] < 1
+    assert plain["error"] == 0
+    assert plain["peers_error"]["fast"] == 0 < plain["peers_error"]["other"]
+    assert plain["environment"]["threads"] == 1
+    text = (results / "plain.md").read_text()
+    assert text in output
+    assert "**plain**: a title over two lines" in text
+    assert "A note." in text
+    assert plain["suspect"]
+    assert not any(row["suspect"] for row in rows(tiny, "rows").values())
+
+
+def test_compare_hands_ours_to_pytest_benchmark(tiny):
+    saved = {b["name"]: b for b in tiny[2]["benchmarks"]}
+    plain = saved["test_plain"]
+    assert plain["group"] == "plain"
+    assert plain["extra_info"]["ratio"] == rows(tiny, "plain")["plain"]["ratio"]
+    assert 0.0015 < plain["stats"]["median"] < 0.0045
+    assert plain["stats"]["rounds"] >= 7
+    assert tiny[2]["machine_info"]["pywino"]["threads"] == 1
+
+
+def test_calls_are_divided(tiny):
+    (calls,) = rows(tiny, "calls").values()
+    assert 0.9 < calls["ms"] < 3
+    assert 1.2 < calls["ratio"] < 2.8
+    assert calls["note"].startswith("calls: -")
+    assert calls["note"].endswith(" µs a call.")
+
+
+def test_errors_come_before_times(tiny):
+    output, results, _ = tiny
+    assert "relative error 0.000267 against float64 is above 1e-05" in output
+    assert not (results / "wrong.json").exists()
+    assert not (results / "worse.json").exists()
+    assert "3 failed" in output  # wrong, worse, and one elsewhere
+
+
+def test_rows_with_an_environment_run_elsewhere(tiny):
+    output, _, saved = tiny
+    found = rows(tiny, "elsewhere")
+    assert list(found) == ["0"]
+    assert 2 < found["0"]["ratio"] < 4.5
+    assert found["0"]["environment"]["allocator"] == "default"
+    replayed = {b["name"]: b for b in saved["benchmarks"]}["test_elsewhere[0]"]
+    assert replayed["stats"]["rounds"] == found["0"]["rounds"]
+    assert replayed["stats"]["median"] == pytest.approx(found["0"]["ms"] / 1e3, rel=0.3)
+    assert "the second one fails" in output
+    assert "1 skipped" in output
+
+
+def test_what_was_left_out_is_said(tiny):
+    output, results, _ = tiny
+    assert list(rows(tiny, "rows")) == ["b"]
+    assert "left out of rows: 2 of 3 layers" in output
+    assert "left out of long: all" in output
+    assert not (results / "long.json").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's tunables")
+def test_kernel_tables_run_with_the_tunables(tiny):
+    (only,) = rows(tiny, "rows").values()
+    assert only["note"].startswith("glibc.malloc.mmap_threshold=")
+    assert only["environment"]["allocator"] == "tunables"
