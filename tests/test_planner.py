@@ -136,7 +136,7 @@ def test_large_calls_are_measured_on_a_part(monkeypatch):
         assert work <= 2 * planner.WORK * torch.get_num_threads()
         assert all(a == b or a % 48 == 0 for a, b in zip(part[3:5], huge[3:5]))
         factor = planner.operation_count(huge, 0) / work
-        assert times["aten"] == pytest.approx(1e-3 * factor, rel=1)
+        assert times["aten"] > 0.9e-3 * factor
     assert planner._part(CALL) == CALL
 
 
@@ -397,8 +397,11 @@ def test_memory_and_file_are_bounded(monkeypatch, file, seconds):
     for c in range(8, 16):
         planner.choose(CALL._replace(c=c))
     assert len(planner._plans.plans) == len(planner.read(file)) == 4
-    planner.choose(CALL._replace(c=15))
+    planner.choose(CALL._replace(c=12))
     assert len(seconds["calls"]) == 8  # the last ones are kept
+    planner.choose(CALL._replace(c=16))
+    planner.choose(CALL._replace(c=12))  # that were used
+    assert len(seconds["calls"]) == 9
     memo = planner.memo()
     for key in range(100):
         planner.remember(memo, key, key)
@@ -407,6 +410,12 @@ def test_memory_and_file_are_bounded(monkeypatch, file, seconds):
 
 
 # --- threads and forks ---
+
+
+def test_a_thread_that_opens_the_file_late_changes_nothing(file, seconds):
+    planner.choose(CALL)
+    planner._plans.open()
+    assert planner.choose(CALL._replace(c=64)).source == "measured"
 
 
 def test_concurrent_threads_measure_once(file, monkeypatch):

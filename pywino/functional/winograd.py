@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`conv2d`, a drop-in for `torch.nn.functional.conv2d`, and `winograd_relu_conv2d`."""
 
-import operator
-
 import torch
 from torch import Tensor, get_autocast_dtype, get_num_threads, is_autocast_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.overrides import is_tensor_like
 from torch.utils._device import DeviceContext
 
 from pywino import _native as native
 from pywino import backends, planner
-from pywino.backends import ALGORITHMS, BACKENDS, PRECISIONS, TILES
+from pywino.functional._checks import (
+    autocasts,
+    check_choice,
+    check_geometry,
+    check_relu_geometry,
+    check_tensors,
+    check_types,
+)
 from pywino.ops import winograd as ops
 from pywino.reference import winograd as reference
 
@@ -121,12 +125,7 @@ def run_conv2d(
         and _get_tracing_state() is None
     ):
         return _outside(input, weight, bias, residual, arguments, strict)
-    gradients = torch.is_grad_enabled() and (
-        input.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
+    gradients = _gradients(input, weight, bias, residual)
     key = (
         input.shape,
         input.stride(),
@@ -154,20 +153,26 @@ def run_conv2d(
     return route(input, weight, bias, residual, cache)
 
 
+def _gradients(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 # --- routes: functions (input, weight, bias, residual, cache) -> output, one for each signature ---
 
 
 def _find_route(input, weight, bias, residual, arguments, cache, strict, gradients):
     stride, padding, dilation, groups, activation, backend, algorithm, precision = arguments
-    _check_choice("conv2d", backend, algorithm, precision, activation)
-    _check_tensors(input, weight, bias, residual)
-    stride, pads, dilation = _check_geometry(input, weight, bias, stride, padding, dilation, groups)
+    check_choice("conv2d", backend, algorithm, precision, activation)
+    check_tensors("conv2d", input, weight, bias, residual)
+    stride, pads, dilation = check_geometry(
+        "conv2d", input, weight, stride, padding, dilation, groups
+    )
     if input.dim() == 3:
         return lambda input, weight, bias, residual, cache: run_conv2d(
             input.unsqueeze(0), weight, bias, residual, *arguments, cache, strict
         ).squeeze(0)
 
-    dtype = get_autocast_dtype("cpu") if _autocasts(input) else input.dtype
+    dtype = get_autocast_dtype("cpu") if autocasts(input) else input.dtype
     call = planner.describe(
         "winograd_conv2d",
         input,
@@ -194,7 +199,7 @@ def _find_route(input, weight, bias, residual, arguments, cache, strict, gradien
         return _pytorch_route(arguments, layout if covered else None)
     if gradients:
         choice = (activation, algorithm, backend, precision)
-        function = _ops.winograd_conv2d.default if _autocasts(input) else ops.EagerConv2d.apply
+        function = _ops.winograd_conv2d.default if autocasts(input) else ops.EagerConv2d.apply
         return lambda input, weight, bias, residual, cache: function(
             input, weight, bias, residual, pads, dilation, *choice
         )
@@ -248,13 +253,15 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
     """Under torch.compile: the op where a kernel covers the call. It plans when it runs, on real
     tensors."""
     stride, padding, dilation, groups, activation, backend, algorithm, precision = arguments
-    _check_choice("conv2d", backend, algorithm, precision, activation)
+    check_choice("conv2d", backend, algorithm, precision, activation)
     if input.dim() == 3:
         output = _traced(input.unsqueeze(0), weight, bias, residual, arguments, cache, strict)
         return output.squeeze(0)
-    _check_tensors(input, weight, bias, residual)
-    stride, pads, dilation = _check_geometry(input, weight, bias, stride, padding, dilation, groups)
-    dtype = get_autocast_dtype("cpu") if _autocasts(input) else input.dtype
+    check_tensors("conv2d", input, weight, bias, residual)
+    stride, pads, dilation = check_geometry(
+        "conv2d", input, weight, stride, padding, dilation, groups
+    )
+    dtype = get_autocast_dtype("cpu") if autocasts(input) else input.dtype
     covered = (
         native.loaded
         and input.device.type == "cpu"
@@ -274,7 +281,11 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
     if not covered or backend == "aten":
         return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
     choice = (activation, algorithm, backend, precision)
-    if cache is not None and cache.token is not None and not torch.is_grad_enabled():
+    if (
+        cache is not None
+        and cache.token is not None
+        and not _gradients(input, weight, bias, residual)
+    ):
         return _ops._winograd_conv2d_frozen(
             input, weight, bias, residual, pads, dilation, *choice, cache.token
         )
@@ -284,8 +295,8 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
 def _outside(input, weight, bias, residual, arguments, strict):
     """PyTorch's convolution. On another device, an explicit choice says why it cannot run."""
     activation, backend, algorithm, precision = arguments[4:]
-    _check_choice("conv2d", backend, algorithm, precision, activation)
-    _check_types("conv2d", input, weight, bias, residual)
+    check_choice("conv2d", backend, algorithm, precision, activation)
+    check_types("conv2d", input, weight, bias, residual)
     if (
         strict
         and type(input) is Tensor
@@ -302,150 +313,6 @@ def _only_default_device():
     convolution ignores."""
     stack = (torch._C._get_function_stack_at(i) for i in range(_len_torch_function_stack()))
     return all(type(mode) is DeviceContext for mode in stack)
-
-
-def _autocasts(input):
-    device = input.device.type
-    return torch.is_autocast_enabled(device) and input.dtype != torch.float64
-
-
-# --- what a user can get wrong ---
-
-
-def _refuse(op, argument, must, got, remedy, error=RuntimeError):
-    raise error(f"pywino.{op}: {argument} must be {must}, got {got}; {remedy}")
-
-
-def _check_choice(op, backend, algorithm="auto", precision="default", activation=None):
-    for name, value, known in (
-        ("backend", backend, ("auto", *BACKENDS)),
-        ("algorithm", algorithm, ("auto", *ALGORITHMS)),
-        ("precision", precision, PRECISIONS),
-        ("activation", activation, (None, "relu")),
-    ):
-        if value not in known:
-            _refuse(
-                op, name, f"one of {', '.join(map(repr, known))}", repr(value), f"use {known[0]!r}"
-            )
-
-
-def _check_types(op, input, weight, bias, residual):
-    tensors = {"input": input, "weight": weight, "bias": bias, "residual": residual}
-    for name, tensor in tensors.items():
-        optional = name in ("bias", "residual")
-        if not (is_tensor_like(tensor) or (optional and tensor is None)):
-            got, remedy = type(tensor).__name__, "pass a torch.Tensor"
-            _refuse(op, name, "a tensor", got, remedy, TypeError)
-    return tensors
-
-
-def _check_tensors(input, weight, bias, residual, op="conv2d"):
-    tensors = _check_types(op, input, weight, bias, residual)
-    if input.dim() not in (3, 4):
-        remedy = "reshape it"
-        _refuse(op, "input", "(N, C, H, W) or (C, H, W)", tuple(input.shape), remedy)
-    if weight.dim() != 4:
-        remedy = "reshape it"
-        _refuse(
-            op,
-            "weight",
-            "(K, C / groups, kernel height, kernel width)",
-            tuple(weight.shape),
-            remedy,
-        )
-    if weight.shape[0] == 0 or weight.shape[2] == 0 or weight.shape[3] == 0:
-        _refuse(op, "weight", "without empty dimensions", tuple(weight.shape), "drop the layer")
-    for name in ("weight", "bias"):
-        other = tensors[name]
-        if other is None:
-            continue
-        if other.device != input.device:
-            _refuse(
-                op,
-                name,
-                f"on input's device {input.device}",
-                other.device,
-                f"move it: {name}.to(input.device)",
-            )
-        if other.dtype != input.dtype and not _autocasts(input):
-            _refuse(
-                op,
-                name,
-                f"of input's dtype {input.dtype}",
-                other.dtype,
-                f"convert it: {name}.to(input.dtype)",
-            )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        _refuse(
-            op,
-            "bias",
-            f"({weight.shape[0]},), one number an output channel",
-            tuple(bias.shape),
-            "reshape it",
-        )
-
-
-def _check_geometry(input, weight, bias, stride, padding, dilation, groups):
-    """(stride, padding, dilation) as pairs; padding is (0, 0) where a string says something that no
-    kernel covers."""
-    op = "conv2d"
-    stride = _pair(op, "stride", stride, 1)
-    dilation = _pair(op, "dilation", dilation, 1)
-    if not isinstance(groups, int):
-        _refuse(op, "groups", "an integer", repr(groups), "pass an int", TypeError)
-    if groups < 1:
-        _refuse(op, "groups", ">= 1", groups, "use groups=1")
-    channels = weight.shape[1] * groups
-    if input.shape[-3] != channels:
-        got = f"{tuple(input.shape)} for weight {tuple(weight.shape)} and groups={groups}"
-        _refuse(op, "input", f"of {channels} channels", got, "change weight, groups or input")
-    if weight.shape[0] % groups:
-        _refuse(
-            op,
-            "weight",
-            f"of output channels divisible by groups={groups}",
-            weight.shape[0],
-            "change groups",
-        )
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            _refuse(
-                op, "padding", "an integer, two, 'same' or 'valid'", repr(padding), "use padding=0"
-            )
-        if padding == "same" and stride != (1, 1):
-            _refuse(op, "stride", "1 with padding='same'", stride, "give the padding as numbers")
-        return (
-            stride,
-            dilation if padding == "same" and tuple(weight.shape[2:]) == (3, 3) else (0, 0),
-            dilation,
-        )
-    padding = _pair(op, "padding", padding, 0)
-    for i, name in enumerate(("height", "width")):
-        padded, kernel = (
-            input.shape[i - 2] + 2 * padding[i],
-            dilation[i] * (weight.shape[i + 2] - 1) + 1,
-        )
-        if padded < kernel:
-            _refuse(
-                op, "input", f"of padded {name} >= the kernel's {kernel}", padded, "add padding"
-            )
-    return stride, padding, dilation
-
-
-def _pair(op, name, value, least):
-    """Two integers >= least, from one or two."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    try:
-        values = tuple(operator.index(v) for v in values)
-    except TypeError:
-        _refuse(op, name, "an integer or two", repr(value), "pass int or (int, int)", TypeError)
-    if len(values) not in (1, 2):
-        _refuse(
-            op, name, "an integer or two, for height and width", repr(value), "pass (height, width)"
-        )
-    if min(values) < least:
-        _refuse(op, name, f">= {least}", repr(value), "crop or slice the input instead")
-    return values if len(values) == 2 else values * 2
 
 
 # --- Winograd-ReLU ---
@@ -483,32 +350,22 @@ def winograd_relu_conv2d(
 def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backend, cache=None):
     """`winograd_relu_conv2d`, with packed filters kept in a layer's `FilterCache`."""
     op = "winograd_relu_conv2d"
-    _check_choice(op, backend)
-    _check_tensors(input, weight, bias, None, op)
-    if not isinstance(tile, int):
-        _refuse(op, "tile", "2, 4 or 6", repr(tile), "pass an int", TypeError)
-    if tile not in TILES.values():
-        _refuse(op, "tile", "2, 4 or 6", tile, "use tile=2")
-    size = tile + 2
-    if tuple(weight.shape[1:]) != (input.shape[-3], size, size):
-        must = f"(K, {input.shape[-3]}, {size}, {size}) for tile={tile}"
-        remedy = "transform a 3 x 3 weight by pywino.ops.winograd.winograd_transform_filter"
-        _refuse(op, "weight", must, tuple(weight.shape), remedy)
-    padding, dilation = _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
-    for i, name in enumerate(("height", "width")):
-        padded, kernel = input.shape[i - 2] + 2 * padding[i], 2 * dilation[i] + 1
-        if padded < kernel:
-            _refuse(
-                op, "input", f"of padded {name} >= the kernel's {kernel}", padded, "add padding"
-            )
+    check_choice(op, backend)
+    check_tensors(op, input, weight, bias)
+    padding, dilation = check_relu_geometry(op, input, weight, padding, dilation, tile)
     if input.dim() == 3:
         output = run_winograd_relu_conv2d(
             input.unsqueeze(0), weight, bias, padding, dilation, tile, backend, cache
         )
         return output.squeeze(0)
 
-    eager = not torch.compiler.is_dynamo_compiling()
-    if eager and (
+    arguments = (input, weight, bias, padding, dilation, tile, backend)
+    gradients = _gradients(input, weight, bias)
+    if torch.compiler.is_dynamo_compiling():
+        if cache is not None and cache.token is not None and not gradients:
+            return _ops._winograd_relu_conv2d_frozen(*arguments, cache.token)
+        return _ops.winograd_relu_conv2d(*arguments)
+    if (
         type(input) is not Tensor
         or type(weight) not in _PLAIN
         or (bias is not None and type(bias) not in _PLAIN)
@@ -516,16 +373,13 @@ def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backe
         or forward_ad._current_level >= 0
     ):
         return reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
-    gradients = torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if eager and cache is not None and not gradients and backend in ("auto", "cpu"):
+    if cache is not None and not gradients and backend in ("auto", "cpu"):
         call = planner.describe(op, input, weight, padding, dilation)
-        if _autocasts(input):
+        if autocasts(input):
             call = call._replace(dtype=get_autocast_dtype(call.device))
         if backends.can_run("cpu", call, f"f{tile}") is None:
             filter = cache.filter(weight, tile, packed=True)
             input = input.to(call.dtype)
             k = weight.shape[0]
             return ops.native_relu_forward(input, filter, bias, k, tile, padding, dilation)
-    return _ops.winograd_relu_conv2d.default(input, weight, bias, padding, dilation, tile, backend)
+    return _ops.winograd_relu_conv2d.default(*arguments)

@@ -55,13 +55,13 @@ class FilterCache:
             self.filters[key] = weakref.ref(weight), stamp, filter
         return filter
 
-    def frozen_filter(self, weight, tile, fast):
+    def frozen_filter(self, weight, tile, fast=False, packed=False):
         """The filter of a frozen layer in a compiled graph, where `weight` is not the Parameter
         object."""
         key = tile, fast, native.host.isa()
         filter = self.constant.get(key)
         if filter is None:
-            filter = self.constant[key] = _transformed(weight, tile, fast, False)
+            filter = self.constant[key] = _transformed(weight, tile, fast, packed)
         return filter
 
     def freeze(self):

@@ -511,6 +511,29 @@ for _name in ("winograd_relu_conv2d_backward_input", "winograd_relu_conv2d_backw
 autocast("winograd_relu_conv2d")
 
 
+def _frozen_relu_forward(input, weight, bias, padding, dilation, tile, backend, token):
+    op, k = "winograd_relu_conv2d", weight.shape[0]
+    cache = frozen.get(token)
+    native = _runs_native(op, input, *input.shape, k, padding, dilation, tile, backend)
+    if not native or cache is None:
+        return _relu_forward(input, weight, bias, padding, dilation, tile, backend)
+    filter = cache.frozen_filter(weight, tile, packed=True)
+    return native_relu_forward(input, filter, bias, k, tile, padding, dilation)
+
+
+def _frozen_relu_forward_fake(*arguments):
+    return _relu_forward_fake(*arguments[:-1])
+
+
+define(
+    "_winograd_relu_conv2d_frozen(Tensor input, Tensor weight, Tensor? bias, "
+    f"{_GEOMETRY}, int tile, str backend, int token) -> Tensor",
+    _frozen_relu_forward,
+    _frozen_relu_forward_fake,
+)
+autocast("_winograd_relu_conv2d_frozen")
+
+
 # --- winograd_transform_filter ---
 
 

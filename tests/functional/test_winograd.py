@@ -100,11 +100,47 @@ def test_output_layout_follows_the_input_alone(plan):
                     assert backends.is_channels_last(output) == channels_last
 
 
+@pytest.mark.native
+def test_calls_that_differ_in_little_have_their_own_routes():
+    """One after the other: what the first of them found must not serve the others."""
+    leaf = W.clone().requires_grad_()
+    doubles = (X.double(), W.double(), B.double())
+    halves = [(X.to(t), W.to(t), B.to(t)) for t in (torch.bfloat16, torch.float16)]
+    with planner.force("cpu", "f4"):
+        for dtype in (None, torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                for arguments in ((X, W, B), (X, leaf, B), doubles, *halves, (X, W, B)):
+                    for activation in (None, "relu"):
+                        output = pywino.conv2d(*arguments, padding=1, activation=activation)
+                        expected = F.conv2d(*arguments, padding=1)
+                        expected = expected.relu() if activation else expected
+                        assert output.dtype == expected.dtype
+                        assert output.requires_grad == expected.requires_grad
+                        scale = {torch.bfloat16: 0.02, torch.float16: 5e-3}
+                        error = (output - expected).abs().max() / expected.abs().max()
+                        assert error < scale.get(output.dtype, 1e-4)
+
+
+def test_layout_of_one_channel():
+    """Contiguous and channels_last at once: contiguous, by the rule."""
+    for force in ("aten", "cpu"):
+        with planner.force(force):
+            input = torch.randn(2, 9, 8, 1).permute(0, 3, 1, 2)
+            assert pywino.conv2d(input, torch.randn(16, 1, 3, 3), padding=1).is_contiguous()
+
+
 # --- where PyTorch takes over ---
 
 
+@pytest.fixture
+def forced():
+    """A kernel runs wherever PyTorch is not asked for a reason of its own."""
+    with planner.force("cpu", "f4"):
+        yield
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "f4"])
-def test_functorch_transforms(algorithm):
+def test_functorch_transforms(algorithm, forced):
     def loss(weight, input):
         return pywino.conv2d(input, weight, padding=1, algorithm=algorithm).square().sum()
 
@@ -123,14 +159,14 @@ def test_functorch_transforms(algorithm):
         torch.testing.assert_close(transform(loss)(weight, batch), transform(plain)(weight, batch))
 
 
-def test_forward_mode_ad():
+def test_forward_mode_ad(forced):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(X, X.cos())
         tangent = forward_ad.unpack_dual(pywino.conv2d(dual, W, padding=1)).tangent
     torch.testing.assert_close(tangent, F.conv2d(X.cos(), W, padding=1), rtol=1e-4, atol=1e-3)
 
 
-def test_tensor_subclasses():
+def test_tensor_subclasses(forced):
     class Logged(torch.Tensor):
         seen = []  # noqa: RUF012
 
@@ -145,7 +181,7 @@ def test_tensor_subclasses():
     assert type(pywino.conv2d(X, W.as_subclass(Logged), padding=1)) is Logged
 
 
-def test_modes():
+def test_modes(forced):
     class Counting(torch.overrides.TorchFunctionMode):
         seen = 0
 
@@ -173,7 +209,7 @@ def test_a_default_device_changes_nothing():
     assert asked
 
 
-def test_tracing_and_export():
+def test_tracing_and_export(forced):
     traced = torch.jit.trace(lambda x: pywino.conv2d(x, W, B, padding=1), X)
     assert "aten::_convolution" in str(traced.graph) or "aten::conv2d" in str(traced.graph)
 

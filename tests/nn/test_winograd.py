@@ -197,6 +197,7 @@ def test_parametrized(layer, input):
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(3)
     check(layer, input)
+    assert not layer._filters.filters  # a weight that is made anew in every call
 
 
 def test_deepcopy_has_its_own_filters(layer, input):
@@ -456,6 +457,22 @@ def test_frozen_layers_transform_once_in_a_compiled_graph(conv, input, monkeypat
         layer.train()
         layer.weight.mul_(2)
         torch.testing.assert_close(compiled(input), conv(input), rtol=1e-4, atol=1e-4)
+    compiled(input).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.native
+def test_frozen_winograd_relu_layers_pack_once(input, monkeypatch):
+    made = []
+    transform = layers._transformed
+    monkeypatch.setattr(layers, "_transformed", lambda *a: made.append(a[1]) or transform(*a))
+    layer = pywino.freeze_(WinogradReLUConv2d(16, 24, tile=4, bias=True))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            expected = reference.winograd_relu_conv2d(input, layer.weight, layer.bias, tile=4)
+            torch.testing.assert_close(compiled(input), expected, rtol=1e-3, atol=1e-3)
+    assert made == [4]
     compiled(input).sum().backward()
     assert layer.weight.grad is not None
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pywino import _native as native
@@ -269,7 +270,8 @@ def test_error_gates(isa, tile, gate, channels, relu_input):
 @pytest.mark.parametrize("relu_input", [False, True])
 @pytest.mark.parametrize(("tile", "gate"), [(2, 6e-3), (4, 1.2e-2), (6, 7e-6)])
 def test_precision_fast(isa, tile, gate, relu_input):
-    """bf16 products where the instruction set has them; F6, which would lose 5 %, stays as it is."""
+    """bf16 products where the instruction set has them; F6, which would lose 5 %, stays as it
+    is."""
     input, weight = torch.randn(2, 128, 20, 20), torch.randn(64, 128, 3, 3)
     input = input.relu() if relu_input else input
     exact = plain(*double(input, weight))
@@ -436,6 +438,18 @@ def test_double_backward_on_the_kernels(tile):
         assert_close_to_reference(actual, exact, peer, K[tile])
 
 
+class Recorded(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op._schema.name.partition("::")[2])
+        return op(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3)))
 def test_only_the_gradients_that_are_needed(needs):
     leaves = [
@@ -444,7 +458,10 @@ def test_only_the_gradients_that_are_needed(needs):
     output = conv(*leaves)
     assert output.requires_grad == any(needs)
     if any(needs):
-        output.sum().backward()
+        with Recorded() as recorded:
+            output.sum().backward()
+        for need, name in zip(needs, ("input", "weight")):
+            assert (f"winograd_conv2d_backward_{name}" in recorded.names) == need
         expected = [t.detach().requires_grad_(need) for t, need in zip(leaves, needs)]
         plain(*expected).sum().backward()
         for leaf, other in zip(leaves, expected):
