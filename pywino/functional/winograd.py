@@ -278,7 +278,8 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
     if residual is not None and covered:
         size = ops.output_size(input, weight.shape[0], pads, dilation)
         covered = residual.dtype == dtype and tuple(residual.shape) == size
-    if not covered or backend == "aten":
+    # The batching rules of functorch are PyTorch's.
+    if not covered or backend == "aten" or peek_interpreter_stack() is not None:
         return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
     choice = (activation, algorithm, backend, precision)
     if (

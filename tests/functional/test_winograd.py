@@ -43,10 +43,12 @@ X, W, B = torch.randn(2, 32, 20, 21), torch.randn(24, 32, 3, 3), torch.randn(24)
     ],
     ids=str,
 )
-def test_arguments_of_conv2d(options):
+@pytest.mark.parametrize("backend", ["aten", "cpu"])
+def test_arguments_of_conv2d(options, backend):
     for bias in (B, None):
-        same(X, W, bias, **options)
-        same(X[0], W, bias, **options)
+        with planner.force(backend):
+            same(X, W, bias, **options)
+            same(X[0], W, bias, **options)
 
 
 def test_groups_and_kernels_that_no_kernel_covers():
@@ -119,6 +121,12 @@ def test_calls_that_differ_in_little_have_their_own_routes():
                         scale = {torch.bfloat16: 0.02, torch.float16: 5e-3}
                         error = (output - expected).abs().max() / expected.abs().max()
                         assert error < scale.get(output.dtype, 1e-4)
+                        if output.requires_grad:
+                            ours, theirs = (
+                                torch.autograd.grad(y.float().sum(), leaf)[0]
+                                for y in (output, expected)
+                            )
+                            assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_layout_of_one_channel():
@@ -157,6 +165,23 @@ def test_functorch_transforms(algorithm, forced):
     ):
         batch = input[:, None] if "vmap" in repr(transform.__code__.co_names) else input
         torch.testing.assert_close(transform(loss)(weight, batch), transform(plain)(weight, batch))
+
+
+def test_functorch_in_a_compiled_graph():
+    def each(input):
+        return torch.func.vmap(lambda x: pywino.conv2d(x, W, B, padding=1))(input)
+
+    input = torch.randn(3, 2, 32, 6, 7)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    actual = torch.compile(each, fullgraph=True, backend=backend)(input)
+    expected = F.conv2d(input.flatten(0, 1), W, B, padding=1).view(3, 2, 24, 6, 7)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert "torch.ops.pywino" not in graphs[0]
 
 
 def test_forward_mode_ad(forced):

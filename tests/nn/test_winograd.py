@@ -439,6 +439,20 @@ def test_compile(conv, input, algorithm):
             model[0].weight.mul_(2)  # the graph reads the weight as it is now
 
 
+def test_compiled_layers_do_not_recompile_for_another_size():
+    model = nn.Sequential(
+        WinogradConv2d(8, 16, 3, padding=1, activation="relu"),
+        WinogradReLUConv2d(16, 8, tile=4),
+        WinogradConv2d(8, 8, 3, stride=2),
+    )
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(torch.randn(2, 8, 12, 13))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in ((3, 8, 12, 13), (5, 8, 20, 15)):
+            input = torch.randn(size)
+            torch.testing.assert_close(compiled(input), model(input), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.native
 def test_frozen_layers_transform_once_in_a_compiled_graph(conv, input, monkeypatch):
     made = []
