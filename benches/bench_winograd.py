@@ -59,9 +59,11 @@ def _module(
     layer: Layer, algorithm: str, dtype: torch.dtype = torch.float32, precision: str = "default"
 ) -> nn.Module:
     _, w, b = layer.tensors(dtype)
-    conv = nn.Conv2d(
-        layer.c, layer.k, 3, padding=layer.dilation, dilation=layer.dilation, dtype=dtype
-    )
+    # Inference tensors have no version, so a layer of them could not keep its transformed filters.
+    with torch.inference_mode(False):
+        conv = nn.Conv2d(
+            layer.c, layer.k, 3, padding=layer.dilation, dilation=layer.dilation, dtype=dtype
+        )
     conv.weight.data.copy_(w)
     conv.bias.data.copy_(b)
     return pywino.WinogradConv2d.from_dense(conv.eval(), algorithm=algorithm, precision=precision)
@@ -268,7 +270,8 @@ def _relu_layer(layer: Layer, tile: int):
     result."""
     x, w, b = _relu_tensors(layer, tile, CHANNELS_LAST)
     w = w.contiguous()
-    module = pywino.WinogradReLUConv2d(layer.c, layer.k, 3, 1, 1, bias=True, tile=tile).eval()
+    with torch.inference_mode(False):  # as in _module
+        module = pywino.WinogradReLUConv2d(layer.c, layer.k, 3, 1, 1, bias=True, tile=tile).eval()
     module.weight.data.copy_(w)
     module.bias.data.copy_(b)
 

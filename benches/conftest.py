@@ -340,21 +340,23 @@ def _switches() -> int:
 
 
 class _Watch:
-    """Was a sample undisturbed? Nothing else wanted a core before it, and no thread of ours was
-    taken off one."""
+    """Was a sample undisturbed? Nothing but torch's own threads, which stay awake for a while after
+    a call, wanted a core before and after it, and none of them was taken off one."""
 
     def __enter__(self):
         deadline = time.perf_counter() + 0.03
-        while _runnable() > 1 and time.perf_counter() < deadline:
+        while not self._alone() and time.perf_counter() < deadline:
             time.sleep(0.001)
-        self.quiet = _runnable() <= 1
+        self.quiet = self._alone()
         self.switches = _switches()
         return self
 
     def __exit__(self, *_):
-        self.clean = (
-            self.quiet and _switches() == self.switches and _runnable() <= torch.get_num_threads()
-        )
+        self.clean = self.quiet and _switches() == self.switches and self._alone()
+
+    @staticmethod
+    def _alone():
+        return _runnable() <= torch.get_num_threads()
 
 
 def _sample(function) -> tuple[float, bool]:

@@ -83,8 +83,6 @@ def _winograd_cpu(call, algorithm):
         return f"the tensors are on {call.device}"
     if not native.loaded:
         return f"the native library is not loaded: {native.reason}"
-    if not _registered(call.op):
-        return f"the native library was built without a kernel for {call.op}"
     if algorithm not in ("auto", *TILES):
         return f"it has f2, f4 and f6, not {algorithm}"
     if call.kernel != (3, 3):
@@ -103,16 +101,6 @@ def _winograd_cpu(call, algorithm):
     ):
         return "the padding is wider than the kernel, so its gradient is a cropped convolution"
     return None
-
-
-def _registered(op):
-    """Whether the loaded library has the native kernel behind an op."""
-    name = {
-        "winograd_conv2d_backward_weight": "_winograd_backward_weight",
-        "winograd_relu_conv2d_backward_input": "_winograd_relu_backward_input",
-        "winograd_relu_conv2d_backward_weight": "_winograd_backward_weight",
-    }.get(op, "_winograd_forward")
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pywino::{name}", "CPU")
 
 
 def _listed(names):

@@ -3,18 +3,20 @@
 
 The candidates of a call are PyTorch's own kernel and the two tiles with the fewest operations. Each
 is called three times on tensors of the call's signature; the fastest wins, PyTorch wherever it is
-not beaten by 3 %. A plan holds for a bucket of
-signatures: batch, height and width are rounded up (`bucket`), everything else is exact.
+not beaten by 3 %. A plan holds for a bucket of signatures: batch, height and width are rounded up
+(`bucket`), everything else is exact.
 
-    PYWINO_PLAN=measure     the default: measures what is not in the file of this machine in the
-    user's cache folder PYWINO_PLAN=static      nothing is measured, read or written: the operation
-    count decides PYWINO_PLAN=off         PyTorch's kernel always
-    PYWINO_PLAN=<file>      that file's plans. If it exists it is only read, and the operation count
-                            decides what it lacks, so that every run and rank chooses alike; if not,
-                            calls are measured and written to it.
+    PYWINO_PLAN=measure   The default: measures what is not in this machine's file in the user's
+                          cache folder.
+    PYWINO_PLAN=static    Nothing is measured, read or written: the operation count decides.
+    PYWINO_PLAN=off       PyTorch's kernel always.
+    PYWINO_PLAN=<file>    That file's plans. If it exists it is only read, and the operation count
+                          decides what it lacks, so that every run and rank chooses alike; if not,
+                          calls are measured and written to it.
 
 Under `torch.use_deterministic_algorithms` nothing is measured: a stored plan or the operation count
-decides."""
+decides.
+"""
 
 import contextlib
 import functools
@@ -55,7 +57,7 @@ class Plan(NamedTuple):
 
     backend: str
     algorithm: str | None
-    source: str = "static"  # "measured" | "stored" | "static" | "off" | "forced" | "only"
+    source: str = "static"  # "measured" | "stored" | "static" | "off" | "only"
     seconds: dict = {}  # noqa: RUF012 (never written) of each that was measured: "aten", "f2", …
 
     @property
@@ -222,13 +224,13 @@ def _tiles(call, tile):
 
 
 # A transform's work per tile and channel, a filter's per pair of channels, in multiplications of
-# the product stage: from # measured times of the kernels. They do not decide where there is a
+# the product stage: from measured times of the kernels. They do not decide where there is a
 # measurement, only what is worth one.
 _TRANSFORM_IN = {2: 100, 4: 240, 6: 500}
 _TRANSFORM_OUT = {2: 50, 4: 90, 6: 110}
 _TRANSFORM_FILTER = {2: 400, 4: 900, 6: 1600}
 # The operation-count rule picks a tile whose estimated work is less than this part of the direct
-# one: the estimate knows # nothing of memory.
+# one: the estimate knows nothing of memory.
 _STATIC_GAIN = 0.55
 
 

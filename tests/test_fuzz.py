@@ -23,7 +23,7 @@ SEED = int(os.environ.get("PYWINO_SEED", "0"))
 CHUNKS = 10
 WORK = 3e6  # multiplications of a call
 # tests/ops/test_winograd.py says why each tile has its own. Sums here may have a single term, where
-# PyTorch is exact but for # one rounding, so the factor is larger.
+# PyTorch is exact but for one rounding, so the factor is larger.
 K = {"aten": 4, "f2": 16, "f4": 64, "f6": 300, "auto": 300}
 
 

@@ -9,6 +9,8 @@ import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -559,27 +561,39 @@ def test_a_compiled_convolution_alone_is_left():
         pywino.swap_(compiled)
 
 
-def test_ddp_before_and_after(tmp_path):
+def ddp_before_and_after(store):
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
     )
-    try:
-        x = images(4)
-        expected = make_net(training=True)
-        expected(x).square().mean().backward()
-        for late in (False, True):
-            net = make_net(training=True)
-            if not late:
-                pywino.swap_(net)
-            ddp = nn.parallel.DistributedDataParallel(net)
-            if late:
-                pywino.swap_(ddp)
-            assert names_of(ddp.module, WinogradConv2d) == SWAPPED
-            ddp(x).square().mean().backward()
-            close(ddp.module.stem[0].weight.grad, expected.stem[0].weight.grad)
-            assert list(ddp.state_dict()) == [f"module.{key}" for key in expected.state_dict()]
-    finally:
-        torch.distributed.destroy_process_group()
+    x = images(4)
+    expected = make_net(training=True)
+    expected(x).square().mean().backward()
+    for late in (False, True):
+        net = make_net(training=True)
+        if not late:
+            pywino.swap_(net)
+        ddp = nn.parallel.DistributedDataParallel(net)
+        if late:
+            pywino.swap_(ddp)
+        assert names_of(ddp.module, WinogradConv2d) == SWAPPED
+        ddp(x).square().mean().backward()
+        close(ddp.module.stem[0].weight.grad, expected.stem[0].weight.grad)
+        assert list(ddp.state_dict()) == [f"module.{key}" for key in expected.state_dict()]
+    print("held", flush=True)
+    os._exit(0)
+
+
+def test_ddp_before_and_after(tmp_path):
+    # In a process that leaves without destructors: gloo's was seen to wait for ever.
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['ddp_before_and_after'](sys.argv[2])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, __file__, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("held\n")
 
 
 # --- with an example ---

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, get_autocast_dtype, get_num_threads, is_autocast_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -67,9 +67,8 @@ def conv2d(
         RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend or algorithm
             that cannot run the call.
 
-    The choice is measured at the first call of a signature (`pywino.planner`) and never slower than
-    F.conv2d. Transformed
-    filters are not kept between calls: `pywino.WinogradConv2d` keeps them.
+    The choice is measured at the first call of a signature (`pywino.planner`). Transformed filters
+    are not kept between calls: `pywino.WinogradConv2d` keeps them.
     """
     return run_conv2d(
         input,
@@ -144,9 +143,12 @@ def run_conv2d(
     )
     try:
         route = _routes.get(key)
-    except TypeError:  # a list among the arguments
-        arguments = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
-        return run_conv2d(input, weight, bias, residual, *arguments, cache, strict)
+    except TypeError:  # something that has no hash among the arguments
+        if any(isinstance(a, list) for a in arguments):
+            arguments = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
+            return run_conv2d(input, weight, bias, residual, *arguments, cache, strict)
+        route = _find_route(input, weight, bias, residual, arguments, cache, strict, gradients)
+        return route(input, weight, bias, residual, cache)
     if route is None:
         route = _find_route(input, weight, bias, residual, arguments, cache, strict, gradients)
         planner.remember(_routes, key, route)
@@ -278,8 +280,8 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
     if residual is not None and covered:
         size = ops.output_size(input, weight.shape[0], pads, dilation)
         covered = residual.dtype == dtype and tuple(residual.shape) == size
-    # The batching rules of functorch are PyTorch's.
-    if not covered or backend == "aten" or peek_interpreter_stack() is not None:
+    batched = is_batchedtensor(input) or is_batchedtensor(weight)  # PyTorch knows how to vmap
+    if not covered or batched or backend == "aten":
         return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
     choice = (activation, algorithm, backend, precision)
     if (

@@ -210,8 +210,7 @@ class WinogradReLUConv2d(_Cached, nn.Module):
     with W its free parameter.
 
     Args: those of nn.Conv2d in its order; kernel_size must be 3, stride and groups 1. `tile` is m
-    of F(m x m, 3 x 3): 2 (the
-    paper's), 4 or 6.
+    of F(m x m, 3 x 3): 2 (the paper's), 4 or 6.
 
     The weight is (out_channels, in_channels, tile + 2, tile + 2). There is no ReLU to put before
     the layer (the paper's order is BatchNorm, then this), and no trained 3 x 3 convolution that

@@ -4,7 +4,7 @@
 import torch
 
 # Schemas, fakes and gradients are Python, so that everything traces and differentiates also where
-# the native library could # not be built. That library only adds kernels, before or after this file
+# the native library could not be built. That library only adds kernels, before or after this file
 # is imported.
 library = torch.library.Library("pywino", "DEF")
 

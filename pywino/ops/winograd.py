@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The Winograd ops.
 
-    pywino::winograd_conv2d                     act(conv(input, weight) + bias + residual), 3 x 3,
-    stride 1 pywino::winograd_conv2d_backward_input      its gradients. The three are closed under
-    differentiation: the pywino::winograd_conv2d_backward_weight     gradient of each is made of the
-    others and itself
-    pywino::winograd_relu_conv2d                A^T [ W . ReLU(B^T d B) ] A (Liu et al., ICLR 2018),
-    differentiable once pywino::winograd_transform_filter           G g G^T
-    pywino::_winograd_…                         the native kernels: nothing to choose, no gradient,
-    packed filters
+    pywino::winograd_conv2d                    act(conv(input, weight) + bias + residual), 3 x 3,
+                                               stride 1
+    pywino::winograd_conv2d_backward_input     its gradients. The three are closed under
+    pywino::winograd_conv2d_backward_weight    differentiation: the gradient of each is made of the
+                                               others and itself
+    pywino::winograd_relu_conv2d               A^T [ W . ReLU(B^T d B) ] A (Liu et al., ICLR 2018),
+                                               differentiable once
+    pywino::winograd_transform_filter          G g G^T
+    pywino::_winograd_…                        the native kernels: nothing to choose, no gradient,
+                                               packed filters
 
 `algorithm`, `backend` and `precision` are resolved inside the kernels, on real tensors: a traced
 graph keeps "auto". An output is channels_last iff the op's input is (`backends.is_channels_last`),
-whatever runs."""
+whatever runs.
+"""
 
 import weakref
 
@@ -633,71 +636,54 @@ define(
 
 
 def _tensors(call):
-    """(input, weight, grad) of a call's signature. A constant that no sum over them takes out of
-    float16's range."""
-    format = torch.channels_last if call.channels_last else torch.contiguous_format
-    value = 2.0**-8
-    input = torch.full((call.n, call.c, call.h, call.w), value, dtype=call.dtype).contiguous(
-        memory_format=format
-    )
-    weight = torch.full((call.k, call.c, 3, 3), value, dtype=call.dtype)
-    grad = torch.full((call.n, call.k, *call.output_size), value, dtype=call.dtype).contiguous(
-        memory_format=format
-    )
-    return input, weight, grad
+    """(input, weight, grad) of a call's signature, of a constant that no sum takes out of float16's
+    range."""
+
+    def filled(size, last=call.channels_last):
+        format = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(size, dtype=call.dtype, memory_format=format).fill_(2.0**-8)
+
+    input = filled((call.n, call.c, call.h, call.w))
+    grad = filled((call.n, call.k, *call.output_size))
+    return input, filled((call.k, call.c, 3, 3), last=False), grad
 
 
 def _run_forward(call):
     input, weight, _ = _tensors(call)
-    k, padding, dilation = call.k, call.padding, call.dilation
+    k, geometry = call.k, (call.padding, call.dilation)
 
     def run(algorithm):
         if algorithm is None:
-            return lambda: torch.conv2d(input, weight, None, 1, padding, dilation)
+            return lambda: torch.conv2d(input, weight, None, 1, *geometry)
         tile = TILES[algorithm]
         fast = backends.uses_fast_products(call.precision, tile)
-        transform = lambda: _ops._winograd_filter.default(weight, tile, False, fast)  # noqa: E731
-        kept = transform() if call.cached else None
+        kept = _ops._winograd_filter.default(weight, tile, False, fast) if call.cached else None
 
         def once():
-            filter = transform() if kept is None else kept
-            return native_forward(
-                input, filter, None, None, k, tile, padding, dilation, False, fast
-            )
+            filter = kept
+            if filter is None:
+                filter = _ops._winograd_filter.default(weight, tile, False, fast)
+            return native_forward(input, filter, None, None, k, tile, *geometry, False, fast)
 
         return once
 
     return run
 
 
-def _run_backward_input(call):
-    _, weight, grad = _tensors(call)
-    choice = ("auto", call.precision)
-    return lambda algorithm: (
-        lambda: _backward_input(
-            grad,
-            weight,
-            call.padding,
-            call.dilation,
-            *(("auto", "aten", call.precision) if algorithm is None else (algorithm, *choice)),
-        )
-    )
+def _run_backward(call):
+    input, weight, grad = _tensors(call)
+    if call.op.endswith("input"):
+        kernel, other = _backward_input, weight
+    else:
+        kernel, other = _backward_weight, input
 
+    def run(algorithm):
+        choice = ("auto", "aten") if algorithm is None else (algorithm, "auto")
+        return lambda: kernel(grad, other, call.padding, call.dilation, *choice, call.precision)
 
-def _run_backward_weight(call):
-    input, _, grad = _tensors(call)
-    choice = ("auto", call.precision)
-    return lambda algorithm: (
-        lambda: _backward_weight(
-            grad,
-            input,
-            call.padding,
-            call.dilation,
-            *(("auto", "aten", call.precision) if algorithm is None else (algorithm, *choice)),
-        )
-    )
+    return run
 
 
 planner.register("winograd_conv2d", _run_forward)
-planner.register("winograd_conv2d_backward_input", _run_backward_input)
-planner.register("winograd_conv2d_backward_weight", _run_backward_weight)
+planner.register("winograd_conv2d_backward_input", _run_backward)
+planner.register("winograd_conv2d_backward_weight", _run_backward)

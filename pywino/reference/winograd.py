@@ -27,11 +27,14 @@ POINTS = {
 def exact_matrices(tile):
     """(B^T, G, A^T) of F(tile, 3) as tuples of rows of `Fraction`, by the Toom-Cook construction.
 
-    The product of two polynomials is found from its values at the points: s(x) = sum_i s(a_i)
-    L_i(x) + s(inf) M(x), with
-    L_i = prod_{k != i} (x - a_k) / (a_i - a_k) and M = prod_k (x - a_k). A correlation is the
-    transpose of that, so B^T holds the coefficients of the L_i and of M, G and A^T the powers of
-    the points. The denominators of L_i are moved into G."""
+    The product s of two polynomials is found from its values at the points:
+
+        s(x) = sum_i s(a_i) L_i(x) + s(inf) M(x)
+        L_i = prod_{k != i} (x - a_k) / (a_i - a_k),  M = prod_k (x - a_k)
+
+    A correlation is the transpose of that, so B^T holds the coefficients of the L_i and of M, G and
+    A^T the powers of the points. The denominators of the L_i are moved into G.
+    """
     points = [Fraction(p) for p in POINTS[tile]]
     size = tile + 2
     bt, g, at_columns = [], [], []
@@ -41,9 +44,8 @@ def exact_matrices(tile):
         denominator = Fraction(1)
         for b in others:
             denominator *= a - b
-        sign = (
-            -1 if a == 0 and numerator[0] < 0 else 1
-        )  # the row of 0 starts with a positive number
+        # The row of 0 starts with a positive number.
+        sign = -1 if a == 0 and numerator[0] < 0 else 1
         bt.append([sign * c for c in numerator] + [Fraction(0)])
         g.append([sign * a**j / denominator for j in range(3)])
         at_columns.append([a**p for p in range(tile)])

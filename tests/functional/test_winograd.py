@@ -85,10 +85,9 @@ def test_activation(algorithm):
     torch.testing.assert_close(strided, F.conv2d(X, W, B, 2).relu())
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("plan", ["aten", "f4"])
 def test_output_layout_follows_the_input_alone(plan):
-    if plan == "f4" and not native.loaded:
-        pytest.skip(native.reason)
     force = planner.force("aten") if plan == "aten" else planner.force("cpu", plan)
     with force:
         for channels_last in (False, True):
@@ -129,6 +128,7 @@ def test_calls_that_differ_in_little_have_their_own_routes():
                             assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.native
 def test_layout_of_one_channel():
     """Contiguous and channels_last at once: contiguous, by the rule."""
     for force in ("aten", "cpu"):
@@ -167,21 +167,42 @@ def test_functorch_transforms(algorithm, forced):
         torch.testing.assert_close(transform(loss)(weight, batch), transform(plain)(weight, batch))
 
 
-def test_functorch_in_a_compiled_graph():
-    def each(input):
-        return torch.func.vmap(lambda x: pywino.conv2d(x, W, B, padding=1))(input)
-
-    input = torch.randn(3, 2, 32, 6, 7)
+def graph_of(function, *inputs):
+    """(output, source of the graph) of a compiled function."""
     graphs = []
 
     def backend(graph, inputs):
-        graphs.append(graph.print_readable(print_output=False))
+        graphs.append(graph.code)
         return graph
 
-    actual = torch.compile(each, fullgraph=True, backend=backend)(input)
-    expected = F.conv2d(input.flatten(0, 1), W, B, padding=1).view(3, 2, 24, 6, 7)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert "torch.ops.pywino" not in graphs[0]
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)(*inputs), "".join(graphs)
+
+
+@pytest.mark.native
+def test_compiled_calls_that_a_kernel_covers_are_the_op():
+    layer = pywino.WinogradConv2d(32, 24, 3, padding="same", dilation=2, algorithm="f4")
+    relu = pywino.WinogradReLUConv2d(32, 24)
+    for function, op in (
+        (lambda x: pywino.conv2d(x, W, B, padding=1), "pywino.winograd_conv2d("),
+        (lambda x: pywino.conv2d(x[0], W, B, padding=1), "pywino.winograd_conv2d("),
+        (lambda x: layer(x), "pywino.winograd_conv2d("),
+        (lambda x: relu(x), "pywino.winograd_relu_conv2d("),
+    ):
+        output, graph = graph_of(function, X)
+        assert op in graph
+        torch.testing.assert_close(output, function(X), rtol=1e-4, atol=1e-4)
+    for function in (
+        lambda x: pywino.conv2d(x, W, B, 2),
+        lambda x: pywino.conv2d(x.double(), W.double()),
+        lambda x: pywino.conv2d(x, W, backend="aten"),
+        lambda x: torch.func.vmap(lambda x: pywino.conv2d(x, W[:, :1], padding=1))(x[:, :, None]),
+    ):
+        output, graph = graph_of(function, X)
+        assert "pywino" not in graph
+        torch.testing.assert_close(output, function(X), rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match="covers stride 1"):
+        graph_of(lambda x: pywino.conv2d(x, W, stride=2, algorithm="f4"), X)
 
 
 def test_forward_mode_ad(forced):
@@ -305,6 +326,8 @@ REFUSED = {
     "float padding": (lambda: ((X, W), {"padding": 1.5}), "padding must be an integer or two"),
     "nan stride": (lambda: ((X, W), {"stride": float("nan")}), "stride must be an integer"),
     "float groups": (lambda: ((X, W), {"groups": 1.0}), "groups must be an integer"),
+    "a set of strides": (lambda: ((X, W), {"stride": {1}}), "stride must be an integer or two"),
+    "a nested list": (lambda: ((X, W), {"padding": ([1], 1)}), "padding must be an integer or"),
     "list input": (lambda: (([1.0], W), {}), "input must be a tensor, got list"),
     "none weight": (lambda: ((X, None), {}), "weight must be a tensor, got NoneType"),
     "string bias": (lambda: ((X, W, "b"), {}), "bias must be a tensor, got str"),

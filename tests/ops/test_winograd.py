@@ -20,7 +20,7 @@ from pywino.testing import assert_close_to_reference, relative_l2
 ops = torch.ops.pywino
 TILES = (2, 4, 6)
 # How many times PyTorch's float32 error F(m x m, 3 x 3) may have. Direct sums of at most 630
-# products round to 1 to 3e-7; the # transforms of larger tiles add and subtract larger numbers
+# products round to 1 to 3e-7; the transforms of larger tiles add and subtract larger numbers
 # (docs/winograd.md). Seen: at most 4, 18 and 109.
 K = {2: 8, 4: 36, 6: 200}
 
@@ -516,7 +516,7 @@ def test_relu_forward_and_backward(isa, tile, channels_last, dtype):
             assert actual.dtype == dtype
             assert actual.shape == exact.shape
             # There is no other implementation: the gates of the dense kernels, and the dtype's own
-            # rounding. A tile value # near 0 may fall on the other side of the ReLU, which the
+            # rounding. A tile value near 0 may fall on the other side of the ReLU, which the
             # gradient feels in full.
             limit = {2: 1e-6, 4: 5e-6, 6: 2e-5}[tile] + torch.finfo(dtype).eps
             assert relative_l2(actual, exact) < (

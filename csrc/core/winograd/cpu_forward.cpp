@@ -336,8 +336,8 @@ struct Plan {
   bool joint;
 };
 
-// An output of more is written past the caches, an input of more is prefetched: both are in memory, not in a cache.
-constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(10) << 20;
+// An output of more is written past the caches, an input of more is prefetched: a smaller one is in the second-level cache.
+constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) << 20;
 constexpr int64_t kScratchPerThread = int64_t(4) << 20;
 
 Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t element) {
