@@ -81,6 +81,10 @@ def pytest_configure(config):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     if config.getoption("--bench-threads"):
         torch.set_num_threads(config.getoption("--bench-threads"))
+    # Plans of this run: those in the user's cache may have been measured on a busy machine.
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["PYWINO_PLAN"] = str(Path(folder.name) / "plans.json")
 
 
 def pytest_generate_tests(metafunc):
