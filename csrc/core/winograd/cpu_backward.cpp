@@ -90,8 +90,8 @@ struct WeightGradient {
     slices = max<int64_t>(1, min<int64_t>(grid.tiles / kRows2,
                                           jobs < threads ? ceil_div<int64_t>(threads, jobs) : 1));
     // Widest block: the first ones are the larger.
-    ldv = round_up<int64_t>(ceil_div(input.blocks(), blocks_c), 1) * kLanes;
-    ldd = round_up<int64_t>(ceil_div(grad.blocks(), blocks_k), 1) * kLanes;
+    ldv = ceil_div(input.blocks(), blocks_c) * kLanes;
+    ldd = ceil_div(grad.blocks(), blocks_k) * kLanes;
     chunk = max<int64_t>(4, kPatchBytes / (A2 * (ldv + ldd) * 4));
     chunk = min(chunk, ceil_div(grid.tiles, slices));
     stride_v = padded_stride(chunk * ldv);
@@ -260,7 +260,9 @@ struct ReluInputGradient {
         grid(g),
         panels(ceil_div<int64_t>(g.input.c, kPanel)) {
     shares = g.input.n >= threads ? 1 : min(panels, ceil_div<int64_t>(threads, g.input.n));
-    chunk = min<int64_t>(grid.tiles_per_image, 2 * kRows2);
+    const int64_t tile_bytes = A2 * (grad.blocks() * kLanes + kPanel) * 4;
+    chunk = min(grid.tiles_per_image,
+                max<int64_t>(1, min<int64_t>(2 * kRows2, kScratchPerThread / tile_bytes)));
     stride_d = padded_stride(chunk * grad.blocks() * kLanes);
     stride_p = padded_stride(chunk * kPanel);
   }

@@ -338,7 +338,6 @@ struct Plan {
 
 // An output of more is written past the caches, an input of more is prefetched: a smaller one is in the second-level cache.
 constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) << 20;
-constexpr int64_t kScratchPerThread = int64_t(4) << 20;
 
 Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t element) {
   const int64_t a2 = int64_t(g.tile + 2) * (g.tile + 2),
@@ -351,7 +350,12 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
   // blocks instead of two halves that. Fewer tiles than that, and reading the filter is what counts.
   p.chunk = int(min<int64_t>(most, (filter_bytes > (int64_t(1) << 20) ? 4 : 2) * rows));
   p.joint = filter_bytes > (int64_t(1) << 20) && tiles < int64_t(threads) * 2 * rows;
-  if (p.joint) p.chunk = int(min<int64_t>(threads * most, 8 * rows));
+  if (p.joint) {
+    // The threads share V, but each has an M of the whole chunk.
+    const int64_t m_bytes = a2 * min<int64_t>(kPanel, g.out_channels) * 4;
+    const int64_t shared = (tile_bytes - m_bytes) / threads + m_bytes;
+    p.chunk = int(max<int64_t>(1, min<int64_t>(kScratchPerThread / shared, 8 * rows)));
+  }
   return p;
 }
 

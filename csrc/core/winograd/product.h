@@ -7,6 +7,8 @@
 namespace pywino::winograd {
 namespace {
 
+// What a call may keep beside its filter, input and output.
+constexpr int64_t kScratchPerThread = int64_t(4) << 20;
 constexpr int kPanel = 2 * kLanes;  // output channels of a panel
 // Register blocks: MR x 2 (or, where K fits in one vector, MR x 1) accumulators, the filter's vectors and a broadcast.
 constexpr int kRows2 = kRegisters == 32 ? 14 : 6;
