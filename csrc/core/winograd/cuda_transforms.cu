@@ -71,7 +71,7 @@ struct Patch {
 // `warps_per_tile` warps share a tile: lane l of warp w has channels (w 32 + l) V to + V, then those one sweep further.
 // The f16 domain needs the tile's largest input before the first V is written, so it sweeps twice; the second time the
 // patch (A A C numbers) comes from the L1 cache.
-template <int M, int V, class In, class Out, bool kReLU>
+template <int M, int V, class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2)
     input_transform(InputTransform p, int warps_per_tile) {
   constexpr int A = Transform<M>::A;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Transform<M>::input(columns[i], o);
 #pragma unroll
       for (int j = 0; j < A; ++j) {
-        if constexpr (kReLU)
+        if (p.relu)
 #pragma unroll
           for (int e = 0; e < V; ++e) o[j].x[e] = o[j].x[e] < 0.f ? 0.f : o[j].x[e];  // NaN stays
         store_channels<Out, V>(v + (i * A + j) * tap + c, scale * o[j]);
@@ -294,12 +294,15 @@ void with_dtype(DType dtype, Function f) {
   }
 }
 
+// The types of a tensor and of its domain: only fp32 tensors have the f32 domain.
 template <class Function>
-void with_domain(Domain domain, Function f) {
-  if (domain == Domain::f16)
-    f(Type<__half>{});
-  else
-    f(Type<float>{});
+bool with_types(DType dtype, Domain domain, Function f) {
+  if (domain == Domain::f16) {
+    with_dtype(dtype, [&](auto tensor) { f(tensor, Type<__half>{}); });
+    return true;
+  }
+  if (dtype == DType::f32) f(Type<float>{}, Type<float>{});
+  return dtype == DType::f32;
 }
 
 // Channels side by side in a thread: two where every pair is one aligned word, and where the tile leaves registers for it.
@@ -318,71 +321,66 @@ extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* st
     warps_per_tile *= 2;
   const int64_t per_block = kWarps / warps_per_tile;
   const dim3 grid = blocks((p->count + per_block - 1) / per_block);
-  with_tile(p->tiles.size, [&](auto tile) {
-    with_dtype(p->dtype, [&](auto in) {
-      with_domain(p->domain, [&](auto out) {
-        using In = typename decltype(in)::type;
-        using Out = typename decltype(out)::type;
-        constexpr int M = decltype(tile)::value;
-        const auto launch = [&](auto v, auto relu) {
-          PYWINO_LAUNCH((input_transform<M, decltype(v)::value, In, Out, decltype(relu)::value>),
-                        grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *p,
-                        warps_per_tile);
-        };
-        using One = std::integral_constant<int, 1>;
-        using Two = std::integral_constant<int, M == 6 ? 1 : 2>;
-        if (p->relu)
-          pairs ? launch(Two{}, std::true_type{}) : launch(One{}, std::true_type{});
-        else
-          pairs ? launch(Two{}, std::false_type{}) : launch(One{}, std::false_type{});
-      });
+  bool known = true;
+  known &= with_tile(p->tiles.size, [&](auto tile) {
+    known &= with_types(p->dtype, p->domain, [&](auto in, auto out) {
+      using In = typename decltype(in)::type;
+      using Out = typename decltype(out)::type;
+      constexpr int M = decltype(tile)::value, kPair = M == 6 ? 1 : 2;
+      const cudaStream_t on = static_cast<cudaStream_t>(stream);
+      if (pairs)
+        PYWINO_LAUNCH((input_transform<M, kPair, In, Out>), grid, dim3(kThreads), 0, on, *p,
+                      warps_per_tile);
+      else
+        PYWINO_LAUNCH((input_transform<M, 1, In, Out>), grid, dim3(kThreads), 0, on, *p,
+                      warps_per_tile);
     });
   });
-  return int(cudaGetLastError());
+  return int(known ? cudaGetLastError() : cudaErrorInvalidValue);
 }
 
 extern "C" int pywino_winograd_output_transform(const OutputTransform* p, void* stream) {
   const bool pairs = in_pairs(p->map, p->tiles.size);
   const int64_t threads = p->count * ((p->map.c + pairs) / (1 + pairs));
   const dim3 grid = blocks((threads + kThreads - 1) / kThreads);
-  with_tile(p->tiles.size, [&](auto tile) {
-    with_dtype(p->dtype, [&](auto out) {
-      with_domain(p->domain, [&](auto in) {
-        using In = typename decltype(in)::type;
-        using Out = typename decltype(out)::type;
-        constexpr int M = decltype(tile)::value;
-        const auto launch = [&](auto v) {
-          PYWINO_LAUNCH((output_transform<M, decltype(v)::value, Out, In>), grid, dim3(kThreads), 0,
-                        static_cast<cudaStream_t>(stream), *p);
-        };
-        if (pairs)
-          launch(std::integral_constant<int, M == 6 ? 1 : 2>{});
-        else
-          launch(std::integral_constant<int, 1>{});
-      });
+  bool known = true;
+  known &= with_tile(p->tiles.size, [&](auto tile) {
+    known &= with_types(p->dtype, p->domain, [&](auto out, auto in) {
+      using Out = typename decltype(out)::type;
+      using In = typename decltype(in)::type;
+      constexpr int M = decltype(tile)::value, kPair = M == 6 ? 1 : 2;
+      const cudaStream_t on = static_cast<cudaStream_t>(stream);
+      if (pairs)
+        PYWINO_LAUNCH((output_transform<M, kPair, Out, In>), grid, dim3(kThreads), 0, on, *p);
+      else
+        PYWINO_LAUNCH((output_transform<M, 1, Out, In>), grid, dim3(kThreads), 0, on, *p);
     });
   });
-  return int(cudaGetLastError());
+  return int(known ? cudaGetLastError() : cudaErrorInvalidValue);
 }
 
 extern "C" int pywino_winograd_filter_transform(const FilterTransform* p, void* stream) {
   const dim3 grid = blocks(p->padded_out);
-  with_dtype(p->dtype, [&](auto weight) {
-    using W = typename decltype(weight)::type;
-    const auto launch = [&](auto tile, auto element) {
-      PYWINO_LAUNCH((filter_transform<decltype(tile)::value, W, typename decltype(element)::type>),
-                    grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), *p);
-    };
-    if (p->tile == 1)
-      with_dtype(p->element,
-                 [&](auto element) { launch(std::integral_constant<int, 1>{}, element); });
-    else
-      with_tile(p->tile, [&](auto tile) {
-        with_domain(p->element == DType::f16 ? Domain::f16 : Domain::f32,
-                    [&](auto element) { launch(tile, element); });
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  bool known = true;
+  if (p->tile == 1) {
+    known = p->element == p->dtype;
+    with_dtype(p->dtype, [&](auto weight) {
+      using W = typename decltype(weight)::type;
+      if (known) PYWINO_LAUNCH((filter_transform<1, W, W>), grid, dim3(kThreads), 0, on, *p);
+    });
+  } else {
+    const Domain domain = p->element == DType::f16 ? Domain::f16 : Domain::f32;
+    known &= with_tile(p->tile, [&](auto tile) {
+      known &= with_types(p->dtype, domain, [&](auto weight, auto element) {
+        using W = typename decltype(weight)::type;
+        using E = typename decltype(element)::type;
+        PYWINO_LAUNCH((filter_transform<decltype(tile)::value, W, E>), grid, dim3(kThreads), 0, on,
+                      *p);
       });
-  });
-  return int(cudaGetLastError());
+    });
+  }
+  return int(known ? cudaGetLastError() : cudaErrorInvalidValue);
 }
 
 extern "C" const char* pywino_cuda_error(int error) {
