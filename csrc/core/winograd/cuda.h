@@ -113,11 +113,11 @@ struct Direct {
 inline int64_t padded(int64_t channels) { return (channels + 7) / 8 * 8; }
 inline int64_t element_size(Domain domain) { return domain == Domain::f16 ? 2 : 4; }
 
-Tiles tiles_of(const Geometry&);
+PYWINO_API Tiles tiles_of(const Geometry&);
 // Bytes of workspace for `count` tiles.
-int64_t workspace_bytes(const Geometry&, Domain, int64_t count);
+PYWINO_API int64_t workspace_bytes(const Geometry&, Domain, int64_t count);
 // Tiles that a launch takes at once so that the workspace stays within `limit` bytes; 0 where not even the least one fits.
-int64_t tiles_within(const Geometry&, Domain, int64_t limit);
+PYWINO_API int64_t tiles_within(const Geometry&, Domain, int64_t limit);
 
 struct Forward {
   Geometry geometry;
