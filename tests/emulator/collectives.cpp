@@ -82,15 +82,18 @@ void begin_block_collectives() {
 
 void complete_without(const Thread& exited) {
   release_if_all_have_come();
-  // A __syncwarp does not wait for lanes that have exited.
-  const uint32_t lanes = waiting[exited.warp];
-  for_each_lane(lanes, [&](int lane) {
+  // A __syncwarp does not wait for lanes that have exited; any other collective needs all of its mask.
+  const int warp = exited.warp;
+  for_each_lane(waiting[warp], [&](int lane) {
     const Thread& t = warp_of(exited)[lane];
-    const uint32_t needed = t.mask & live_lanes(exited.warp);
-    if (t.collective != kSyncWarp || (needed & ~waiting[exited.warp])) return;
-    meet_lanes(exited.warp, needed);
-    waiting[exited.warp] &= ~needed;
-    for_each_lane(needed, [&](int l) { make_ready(exited.warp * kLanes + l); });
+    if (t.collective != kSyncWarp && (t.mask >> exited.lane & 1)) {
+      fail("WARP MASK", t.pc, nullptr, "lane %d of mask %#x has exited", exited.lane, t.mask);
+    }
+    const uint32_t needed = t.mask & live_lanes(warp);
+    if (t.collective != kSyncWarp || (needed & ~waiting[warp])) return;
+    meet_lanes(warp, needed);
+    waiting[warp] &= ~needed;
+    for_each_lane(needed, [&](int l) { make_ready(warp * kLanes + l); });
   });
 }
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from emulator.build import HERE, MODES, compile_kernel, missing
+from emulator.build import CSRC, HERE, MODES, compile_kernel, missing
 from emulator.worker import SCHEDULES
+
+COMMON = CSRC / "core" / "common"
 
 __all__ = [
     "MODES",
@@ -148,7 +150,7 @@ def source_lines(library, offset):
     command = ["addr2line", "-i", "-e", str(library), hex(offset)]
     told = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     lines = [re.sub(r" \(discriminator \d+\)", "", Path(line).name) for line in told]
-    own = {path.name for path in HERE.glob("*.h")} | {"ptx.cuh", "launch.cuh", "??"}
+    own = {path.name for path in (*HERE.glob("*.h"), *COMMON.glob("*.cuh"))} | {"??"}
     return " <- ".join(line for line in lines if line.split(":")[0] not in own)
 
 

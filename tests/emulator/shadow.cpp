@@ -157,7 +157,11 @@ void check(Region& region, const char* p, int bytes, Access access, const void* 
           break;
         }
       }
-      cell = {mine, 0, 0, place(pc), 0};
+      // An own write that others may not be ordered after yet stays visible behind an own atomic update.
+      const bool hides_write = atomic && cell.write && !is_atomic(cell.write) &&
+                               epoch_of(cell.write) == epoch &&
+                               thread_of(cell.write) == current->number;
+      if (!hides_write) cell = {mine, 0, 0, place(pc), 0};
     } else if (cell.read != mine) {
       if (thread_of(cell.read) != thread_of(mine)) cell.older_read = cell.read;
       cell.read = mine;
