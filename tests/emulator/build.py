@@ -118,7 +118,7 @@ def compile_kernel(source, mode="fast", defines=(), text=None):
     if text is not None:
         CACHE.mkdir(parents=True, exist_ok=True)
         changed = CACHE / f"{name}.cu"
-        changed.write_bytes(body)
+        changed.write_text(f'#line 1 "{source}"\n{text}')  # findings name the file's own lines
     compile_it = [
         *("g++", "-x", "c++", *flags, "-Wno-unknown-pragmas", "-Wno-attributes"),
         *("-include", HERE / "emulator.h", "-I", CSRC, "-I", CSRC / "core", "-I", source.parent),
