@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The PTX instructions that have no CUDA function, one a wrapper: the only inline assembly of the project. Beside each
-// stands what the emulator (tests/emulator) does in its place. Names, operands and fragment layouts are those of the PTX
+// The PTX instructions that have no CUDA function, one a wrapper. This file and wgmma.cuh have the only inline assembly of
+// the project. Beside each stands what the emulator (tests/emulator) does in its place. Names, operands and fragment layouts are those of the PTX
 // ISA; `address` is always a 32-bit address in shared memory, from shared_address().
 #pragma once
+
+#include <cuda.h>
 
 #include <cstdint>
 
@@ -194,6 +196,209 @@ PYWINO_PTX void named_barrier_arrive(int barrier, int threads) {
 #endif
 }
 
-}  // namespace pywino::ptx
+// --- mbarrier (sm_90): 8 bytes of shared memory that count arrivals, and bytes of TMA loads, phase after phase
 
-#undef PYWINO_PTX
+// One thread does this, then fence_mbarrier_init() and __syncthreads(). count: arrivals that complete a phase.
+PYWINO_PTX void mbarrier_init(uint32_t barrier, uint32_t count) {
+#ifdef PYWINO_EMULATOR
+  emu::mbar_init(barrier, count);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+#endif
+}
+
+PYWINO_PTX void fence_mbarrier_init() {
+#ifndef PYWINO_EMULATOR
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+PYWINO_PTX void mbarrier_arrive(uint32_t barrier) {
+#ifdef PYWINO_EMULATOR
+  emu::mbar_arrive(barrier);
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
+// Arrives, and has the phase wait for `bytes` of TMA loads as well.
+PYWINO_PTX void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+#ifdef PYWINO_EMULATOR
+  emu::mbar_expect_tx(barrier, bytes);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Waits until the phase of this parity (0, 1, 0, ... from the first on) is complete.
+PYWINO_PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#ifdef PYWINO_EMULATOR
+  emu::mbar_wait(barrier, parity);
+#else
+  uint32_t complete;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!complete);
+#endif
+}
+
+// --- TMA (sm_90): boxes of a tensor to and from shared memory, where they begin at a multiple of 128 bytes (1024 with the
+// 128-byte swizzle). The map is a __grid_constant__ parameter of the kernel. Coordinates are of the box's first element,
+// innermost dimension first; what lies outside of the tensor is read as zero, and not written.
+
+// What this thread has written to shared memory becomes visible to TMA stores and wgmma. Each thread that wrote calls it,
+// before the barrier that lets another issue the instruction.
+PYWINO_PTX void fence_proxy_async() {
+#ifdef PYWINO_EMULATOR
+  emu::fence_proxy_async();
+#else
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+PYWINO_PTX void tma_load_2d(uint32_t address, const CUtensorMap* map, int x, int y,
+                            uint32_t barrier) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y};
+  emu::tma_load(address, map, 2, coordinates, barrier);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(address),
+      "l"(map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+#endif
+}
+
+PYWINO_PTX void tma_load_3d(uint32_t address, const CUtensorMap* map, int x, int y, int z,
+                            uint32_t barrier) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y, z};
+  emu::tma_load(address, map, 3, coordinates, barrier);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(address),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+#endif
+}
+
+PYWINO_PTX void tma_load_4d(uint32_t address, const CUtensorMap* map, int x, int y, int z, int w,
+                            uint32_t barrier) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y, z, w};
+  emu::tma_load(address, map, 4, coordinates, barrier);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(address),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+#endif
+}
+
+PYWINO_PTX void tma_load_5d(uint32_t address, const CUtensorMap* map, int x, int y, int z, int w,
+                            int v, uint32_t barrier) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y, z, w, v};
+  emu::tma_load(address, map, 5, coordinates, barrier);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(address),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
+      : "memory");
+#endif
+}
+
+// A store's tile may be written again after wait_group_read, the tensor is written after wait_group.
+PYWINO_PTX void tma_store_2d(const CUtensorMap* map, uint32_t address, int x, int y) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y};
+  emu::tma_store(map, 2, address, coordinates);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(address), "r"(x), "r"(y)
+      : "memory");
+#endif
+}
+
+PYWINO_PTX void tma_store_3d(const CUtensorMap* map, uint32_t address, int x, int y, int z) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y, z};
+  emu::tma_store(map, 3, address, coordinates);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(address), "r"(x), "r"(y), "r"(z)
+      : "memory");
+#endif
+}
+
+PYWINO_PTX void tma_store_4d(const CUtensorMap* map, uint32_t address, int x, int y, int z, int w) {
+#ifdef PYWINO_EMULATOR
+  const int coordinates[] = {x, y, z, w};
+  emu::tma_store(map, 4, address, coordinates);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(address), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+#endif
+}
+
+PYWINO_PTX void tma_store_commit_group() {
+#ifdef PYWINO_EMULATOR
+  emu::tma_store_commit();
+#else
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+
+template <int N>
+PYWINO_PTX void tma_store_wait_group() {
+#ifdef PYWINO_EMULATOR
+  emu::tma_store_wait(N);
+#else
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+template <int N>
+PYWINO_PTX void tma_store_wait_group_read() {
+#ifdef PYWINO_EMULATOR
+  emu::tma_store_wait(N);
+#else
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// --- setmaxnreg (sm_90a): all warps of a warpgroup hand registers back, or take them up to N a thread (a multiple of 8)
+
+template <int N>
+PYWINO_PTX void setmaxnreg_dec() {
+#ifndef PYWINO_EMULATOR
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+template <int N>
+PYWINO_PTX void setmaxnreg_inc() {
+#ifndef PYWINO_EMULATOR
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+}  // namespace pywino::ptx
