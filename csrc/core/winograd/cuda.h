@@ -86,7 +86,7 @@ struct FilterTransform {
   int64_t stride_k, stride_c, stride_h, stride_w;  // of the weight, k and c after the exchange
   int64_t padded_out, padded_in;                   // K', C'
   int tile;                                        // m, or 1: no transform
-  bool rotate;                                     // turn the kernel by 180 degrees
+  bool rotate;                                     // turn spatial kernels by 180 degrees
   bool spatial;   // 3 x 3 kernels; else a x a, already in the Winograd domain
   DType element;  // f16: scaled by filter; f32; bf16 for the direct kernel alone
   void* u;

@@ -214,21 +214,21 @@ template <int M, class W>
 __device__ void transform_kernel(const FilterTransform& p, int64_t k, int64_t c, double* u) {
   constexpr int A = M == 1 ? 3 : M + 2;  // tile 1: the kernel itself
   const W* weight = static_cast<const W*>(p.weight) + k * p.stride_k + c * p.stride_c;
-  const auto at = [&](int i, int j, int last) {
-    if (p.rotate) i = last - i, j = last - j;
+  const auto at = [&](int i, int j) {
+    if (p.rotate && p.spatial) i = 2 - i, j = 2 - j;
     return double(to_float(weight[i * p.stride_h + j * p.stride_w]));
   };
   if constexpr (M == 1) {
-    for (int i = 0; i < 9; ++i) u[i] = at(i / 3, i % 3, 2);
+    for (int i = 0; i < 9; ++i) u[i] = at(i / 3, i % 3);
   } else if (!p.spatial) {
-    for (int i = 0; i < A * A; ++i) u[i] = at(i / A, i % A, 0);
+    for (int i = 0; i < A * A; ++i) u[i] = at(i / A, i % A);
   } else {
     double columns[A][3];
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       double g[3], o[A];
 #pragma unroll
-      for (int i = 0; i < 3; ++i) g[i] = at(i, j, 2);
+      for (int i = 0; i < 3; ++i) g[i] = at(i, j);
       Transform<M>::filter(g, o);
 #pragma unroll
       for (int i = 0; i < A; ++i) columns[i][j] = o[i];
