@@ -113,8 +113,7 @@ struct Epilogue {
 std::tuple<Tensor, Tensor> filter(const Tensor& weight, int64_t tile, bool strict, bool rotate,
                                   bool spatial) {
   constexpr const char* op = "pywino::_winograd_cuda_filter";
-  STD_TORCH_CHECK(tile == 1 || winograd::tile_exists(int(tile)), op,
-                  ": tile must be 1, 2, 4 or 6, got ", tile);
+  STD_TORCH_CHECK(tile == 1 || cuda::has_tile(tile), op, ": tile must be 1, 2, 4 or 6, got ", tile);
   const int64_t size = tile == 1 || spatial ? 3 : tile + 2;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && weight.size(3) == size, op,
                   ": weight must be (K, C, ", size, ", ", size, ")");
@@ -152,7 +151,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
                int64_t out_channels, int64_t tile, IntArray padding, IntArray dilation, bool relu,
                bool winograd_relu, bool strict, int64_t workspace_limit) {
   constexpr const char* op = "pywino::_winograd_cuda_forward";
-  STD_TORCH_CHECK(winograd::tile_exists(int(tile)), op, ": tile must be 2, 4 or 6, got ", tile);
+  STD_TORCH_CHECK(cuda::has_tile(tile), op, ": tile must be 2, 4 or 6, got ", tile);
   cuda::Forward p{};
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;

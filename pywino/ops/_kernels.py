@@ -30,8 +30,12 @@ class Kernel(NamedTuple):
             if self.winograd_relu:
                 return _ops._winograd_pack.default(weight, self.tile, rotate)
             return _ops._winograd_filter.default(weight, self.tile, rotate, self.mode)
-        return _module(self.backend).transform_filter(
-            weight, self.tile, self.mode, rotate, not self.winograd_relu
+        if self.backend == "cuda":
+            return _winograd_cuda.transform_filter(
+                weight, self.tile, self.mode, rotate, not self.winograd_relu
+            )
+        return _triton().transform_filter(
+            weight, self.tile, self._domain, rotate, not self.winograd_relu
         )
 
     def forward(self, input, filter, bias, residual, out_channels, padding, dilation, relu):
@@ -48,7 +52,15 @@ class Kernel(NamedTuple):
         arguments = (input, filter, bias, residual, out_channels, self.tile, padding, dilation)
         if self.backend == "cpu":
             return _ops._winograd_forward.default(*arguments, relu, self.winograd_relu, self.mode)
-        return _module(self.backend).forward(*arguments, relu, self.mode, self.winograd_relu)
+        if self.backend == "cuda":
+            return _winograd_cuda.forward(*arguments, relu, self.mode, self.winograd_relu)
+        u, scale = filter
+        arguments = (input, u, scale, *arguments[2:])
+        return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
+
+    @property
+    def _domain(self):
+        return "f32" if self.mode else "f16"
 
     @property
     def stamp(self):
@@ -56,9 +68,7 @@ class Kernel(NamedTuple):
         return native.host.isa() if self.backend == "cpu" else None
 
 
-def _module(backend):
-    if backend == "cuda":
-        return _winograd_cuda
+def _triton():
     return importlib.import_module("pywino.kernels.winograd")
 
 

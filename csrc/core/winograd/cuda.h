@@ -109,6 +109,7 @@ struct Direct {
   void* output;
 };
 
+inline bool has_tile(int64_t tile) { return tile == 2 || tile == 4 || tile == 6; }
 // Rows of V, U and M are whole 16-byte chunks.
 inline int64_t padded(int64_t channels) { return (channels + 7) / 8 * 8; }
 inline int64_t element_size(Domain domain) { return domain == Domain::f16 ? 2 : 4; }
