@@ -674,6 +674,22 @@ def summed_product(k_padded, c_padded, domain):
     return SUMMED_PRODUCTS[domain, math.gcd(128, k_padded, c_padded)]
 
 
+def configurations():
+    """Every (domain, `Product`) that these two rules can choose: of M = V U^T and of S = D^T V."""
+    sizes = (32, 64, 128)
+    products = {
+        (domain, product(tiles, k, c, domain))
+        for domain in DOMAINS
+        for tiles in (FEW_TILES, FEW_TILES + 1)
+        for k in sizes
+        for c in sizes
+    }
+    summed = {
+        (domain, summed_product(k, c, domain)) for domain in DOMAINS for k in sizes for c in sizes
+    }
+    return sorted(products), sorted(summed)
+
+
 def transform_block(tiles, channels_padded, tile, channels_last):
     """(tiles, channels) of a block of a transform. Lanes run along the channels of a channels_last
     tensor; else along 32 tiles, or 4 where that would leave processors idle."""
@@ -839,6 +855,24 @@ def _multiply(v, u, m, domain, tiles):
         BLOCK_TILES=block.tiles,
         BLOCK_K=block.k,
         BLOCK_C=block.c,
+        PRECISION=PRECISION[domain],
+        warps=block.warps,
+        stages=block.stages,
+    )
+
+
+def _multiply_summed(d, v, s, domain, accumulate):
+    """Launches `_summed_products`."""
+    splits, taps, k_padded, c_padded = s.shape
+    block = summed_product(k_padded, c_padded, domain)
+    _launch(
+        _summed_products,
+        (splits * taps * (k_padded // block.k) * (c_padded // block.c),),
+        *(d, v, s, v.shape[1], k_padded, c_padded, taps, splits),
+        ACCUMULATE=accumulate,
+        BLOCK_K=block.k,
+        BLOCK_C=block.c,
+        BLOCK_TILES=block.tiles,
         PRECISION=PRECISION[domain],
         warps=block.warps,
         stages=block.stages,
@@ -1014,18 +1048,7 @@ def weight_gradient(
             scales = "channel" if scaled else None
             _transform(grad, d, None, k_peaks, g, chunk, A, scales)
             _transform(input, v, None, c_peaks, g, chunk, BT, scales, winograd_relu)
-            _launch(
-                _summed_products,
-                (blocks * splits,),
-                *(d, v, s, rows, k_padded, c_padded, taps, splits),
-                ACCUMULATE=chunk != chunks[0],
-                BLOCK_K=block.k,
-                BLOCK_C=block.c,
-                BLOCK_TILES=block.tiles,
-                PRECISION=PRECISION[domain],
-                warps=block.warps,
-                stages=block.stages,
-            )
+            _multiply_summed(d, v, s, domain, accumulate=chunk != chunks[0])
         _launch(
             _from_filter_domain,
             (k_padded // FILTER_BLOCK[0], -(-c // FILTER_BLOCK[1])),
