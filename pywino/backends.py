@@ -193,3 +193,6 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
 for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_conv2d"):
     register("cuda", _op, _winograd_cuda)
+for _op in ("", "_backward_input", "_backward_weight"):
+    register("triton", "winograd_conv2d" + _op, _winograd_triton)
+    register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)

@@ -58,6 +58,24 @@ class Kernel(NamedTuple):
         arguments = (input, u, scale, *arguments[2:])
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
 
+    def weight_gradient(self, grad, input, padding, dilation):
+        """The gradient by the weight, of dense tensors of one layout; not by "cuda"."""
+        arguments = (grad, input, self.tile, padding, dilation, self.winograd_relu)
+        if self.backend == "cpu":
+            return _ops._winograd_backward_weight.default(*arguments)
+        return _triton().weight_gradient(*arguments, self._domain)
+
+    def relu_input_gradient(self, grad, input, weight, padding, dilation):
+        """The gradient of the Winograd-ReLU layer by its input; not by "cuda"."""
+        filter = self.filter(weight, rotate=True)
+        if self.backend == "cpu":
+            return _ops._winograd_relu_backward_input.default(
+                grad, input, filter, self.tile, padding, dilation
+            )
+        return _triton().relu_input_gradient(
+            grad, input, *filter, self.tile, padding, dilation, self._domain
+        )
+
     @property
     def _domain(self):
         return "f32" if self.mode else "f16"

@@ -119,8 +119,17 @@ def _choose(
         # In a graph "f4" means f4 where it can run: the caller has refused what must be refused.
         if backend == "auto" and not backends.covers(call, algorithm):
             algorithm = "auto"
+        if _lacks_gradient(backend, call, algorithm):
+            algorithm = backend = "auto"
         plan = planner.remember(_routes, key, planner.choose(call, algorithm, backend))
     return kernel_of(plan, call) if plan.tile else None
+
+
+def _lacks_gradient(backend, call, algorithm):
+    """Whether `backend`, which ran the forward, has no kernel for this gradient: then any has it."""
+    if backend in ("auto", "aten") or "_backward_" not in call.op:
+        return False
+    return backends.can_run(backend, call, algorithm) is not None
 
 
 # --- winograd_conv2d ---
@@ -197,9 +206,7 @@ def _backward_weight(grad, input, padding, dilation, algorithm, backend, precisi
     input = _dense(input)
     grad = grad.contiguous(memory_format=_format(input))
     if kernel:
-        return _ops._winograd_backward_weight.default(
-            grad, input, kernel.tile, padding, dilation, False
-        )
+        return kernel.weight_gradient(grad, input, padding, dilation)
     weight = grad.new_empty(1).expand(k, c, 3, 3)
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, (1, 1), padding, dilation, False, (0, 0), 1, (False, True, False)
@@ -400,9 +407,12 @@ def relu_kernel(call, tile, backend):
     if backend == "aten":
         return None
     algorithm = f"f{tile}"
-    if backend != "auto":
+    names = (backend,)
+    if backend == "auto" or _lacks_gradient(backend, call, algorithm):
+        names = backends.of_device(call.device)
+    else:
         planner.require(backend, call, algorithm)
-    for name in backends.of_device(call.device) if backend == "auto" else (backend,):
+    for name in names:
         if backends.can_run(name, call, algorithm) is None:
             return kernel_of(planner.Plan(name, algorithm), call)
     return None
@@ -433,10 +443,7 @@ def _relu_backward_input(grad, input, weight, padding, dilation, tile, backend):
     k = weight.shape[0]
     kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
     if kernel:
-        filter = kernel.filter(weight, rotate=True)
-        return _ops._winograd_relu_backward_input.default(
-            grad, _dense(input), filter, tile, padding, dilation
-        )
+        return kernel.relu_input_gradient(grad, _dense(input), weight, padding, dilation)
     gradient = reference.winograd_relu_backward_input(grad, input, weight, padding, dilation, tile)
     return gradient.contiguous(memory_format=_format(input))
 
@@ -448,10 +455,10 @@ def _relu_backward_input_fake(grad, input, weight, padding, dilation, tile, back
 def _relu_backward_weight(grad, input, padding, dilation, tile, backend):
     op = "winograd_relu_conv2d_backward_weight"
     grad = grad.contiguous(memory_format=_format(input))
-    if _relu_kernel(op, input, *input.shape, grad.shape[1], padding, dilation, tile, backend):
-        return _ops._winograd_backward_weight.default(
-            grad, _dense(input), tile, padding, dilation, True
-        )
+    k = grad.shape[1]
+    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
+    if kernel:
+        return kernel.weight_gradient(grad, _dense(input), padding, dilation)
     return reference.winograd_relu_backward_weight(
         grad, input, padding, dilation, tile
     ).contiguous()
