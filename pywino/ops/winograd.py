@@ -126,7 +126,7 @@ def _choose(
 
 
 def _lacks_gradient(backend, call, algorithm):
-    """Whether `backend`, which ran the forward, has no kernel for this gradient: then any has it."""
+    """Whether `backend`, which ran the forward, has no kernel for this gradient; any may do it."""
     if backend in ("auto", "aten") or "_backward_" not in call.op:
         return False
     return backends.can_run(backend, call, algorithm) is not None
