@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo | test | bench | lint | setup | clean          PYTHON=python3.12 chooses the interpreter
+# make gpu-check OUT=folder [DRY=1] [STAGES=a,b] [BUDGET=450]
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench lint gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -25,6 +26,12 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+# Where there is a GPU: everything, with the packages that the machine has (docs/gpu_check.md).
+gpu-check:
+	@test -n "$(OUT)" || { echo "type: make gpu-check OUT=folder"; exit 1; }
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benches/gpu/check.py --out "$(OUT)" \
+	  $(if $(DRY),--dry-run) $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
