@@ -5,7 +5,7 @@
 
 Every stage is a process of its own with its share of the time: one that crashes, hangs or loses the
 CUDA context costs the others nothing. Results are written whole after each stage. docs/gpu_check.md
-says what comes out. This file imports neither torch nor pywino.
+says what comes out. This process imports neither torch nor pywino.
 """
 
 import argparse
@@ -43,8 +43,8 @@ PATIENCE_S = 3  # from the polite signal to the other one
 class Stage:
     """A command with a share of the time.
 
-    In `command`, {out}, {journal} and {seconds} are replaced; {seconds} is when it should have
-    ended by itself, a little before it is killed.
+    In `command`, {out}, {journal} and {until} are replaced; {until} is when it should end by
+    itself, as time.time() counts, a little before it is killed.
     """
 
     name: str
@@ -92,15 +92,15 @@ CHECKS = (("instructions", ("tests/emulator", "-m", "gpu"), exists("tests/emulat
 def stages(dry: bool, architecture: str | None) -> list[Stage]:
     """What there is to do, in order."""
     flags = ("--dry-run",) if dry else ()
-    measured = ("--out", "{out}", "--seconds", "{seconds}", *flags)
+    measured = ("--out", "{out}", "--until", "{until}", *flags)
     pytest = ("-q" if dry else "-v", "-ra", "--tb=short", "-p", "no:cacheprovider")
     workers = ("-n", "6") if importlib.util.find_spec("xdist") and not dry else ()
     # The dry run shows that the command works, on one small file.
-    small = ("--seconds", "{seconds}", *flags)
+    small = ("--until", "{until}", *flags)
     suite = ("tests/test_testing.py",) if dry else ("tests", "--ignore=tests/emulator")
     building = {"TORCH_CUDA_ARCH_LIST": architecture} if architecture else {}
     return [
-        Stage("machine", python("gpu.machine", *measured), 30),
+        Stage("machine", python("gpu.machine", "--out", "{out}", *flags), 30),
         Stage(
             "build",
             (sys.executable, "setup.py", "build_ext", "--inplace"),
@@ -244,9 +244,13 @@ class Run:
 
     def process(self, stage: Stage, outcome: Outcome, end: float, journal: Path) -> None:
         seconds = end - time.monotonic()
-        values = {"out": self.out, "journal": journal, "seconds": f"{0.9 * seconds - 2:.1f}"}
+        command = list(stage.command)
+        until = time.time() + seconds - max(2.0, 0.08 * seconds)
+        values = {"out": self.out, "journal": journal, "until": f"{until:.1f}"}
+        for name, value in values.items():
+            command = [part.replace(f"{{{name}}}", str(value)) for part in command]
         process = subprocess.Popen(
-            [part.format(**values) for part in stage.command],
+            command,
             cwd=ROOT,
             env=self.environment(stage),
             stdin=subprocess.DEVNULL,
@@ -265,7 +269,9 @@ class Run:
             stop(process)
             outcome.status = f"killed: it was not done after {seconds:.0f} s"
             status = None
-        reader.join(PATIENCE_S)  # what the stage left running may hold the pipe open
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the stage left running
+        reader.join(PATIENCE_S)
         self.processes.discard(process)
         if status is not None:
             outcome.status = verdict(status, outcome.lines)
@@ -283,6 +289,7 @@ class Run:
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYWINO_GPU_CHECK": "1",  # its own tests do not start it again
             # Plans of this run: those in the user's cache may have been measured on a busy machine.
             "PYWINO_PLAN": str(Path(self.scratch.name) / "plans.json"),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(self.scratch.name) / "inductor"),

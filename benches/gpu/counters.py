@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Stage 7: hardware counters of a few kernels by Nsight Compute, clocks left alone.
 
-python -m gpu.counters --out OUT --seconds 60      starts itself under ncu, writes profile.txt
+python -m gpu.counters --out OUT --until T      starts itself under ncu, writes profile.txt
 """
 
 import argparse
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import tables
@@ -127,7 +128,7 @@ def table(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--until", type=float, help="as time.time() counts")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--inside", help="JSON list of cases: the profiled program")
     options = parser.parse_args()
@@ -150,9 +151,9 @@ def main() -> None:
             command += ["--section", section]
         command += [sys.executable, "-m", "gpu.counters", "--inside", json.dumps(found)]
         try:
-            status = subprocess.run(command, timeout=options.seconds).returncode
+            status = subprocess.run(command, timeout=options.until - time.time()).returncode
         except subprocess.TimeoutExpired:
-            status = f"stopped after {options.seconds:.0f} s"
+            status = "stopped: its time was up"
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     listed = "\n".join(map(json.dumps, found))
     whole = f"{listed}\n\n{table(text)}\n\nncu: {status}\n\n{text}"

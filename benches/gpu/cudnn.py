@@ -7,6 +7,7 @@ all times are taken.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--journal", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--benchmark", action="store_true", help="cudnn.benchmark on")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -112,13 +113,14 @@ def main() -> None:
     clock = timing.clock_of("cpu" if options.dry_run else "cuda")
     samples = 2 if options.dry_run else timing.SAMPLES
     chosen = settings(options.benchmark, options.dry_run)
-    journal = Journal(options.journal, FOR_TIMES * options.seconds, clock.device)
+    now = time.time()
+    journal = Journal(options.journal, now + FOR_TIMES * (options.until - now), clock.is_lost)
     for setting in chosen:
         journal.run(setting.key, lambda s=setting: measure(clock, s, samples), **setting.facts())
-    journal.end += (1 - FOR_TIMES) * options.seconds
+    journal.until = options.until
     measured = [s for s in chosen if journal.rows.get(s.key, {"failed": ""})["failed"] is None]
     for layer in dict.fromkeys(s.layer for s in measured):  # its tensors are in memory together
-        if journal.seconds_left() > 0:
+        if not journal.is_over():
             try:
                 names = kernels(clock, [s for s in measured if s.layer == layer])
             except RuntimeError as error:

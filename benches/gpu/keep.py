@@ -9,7 +9,6 @@ benches/tables.py and the marked places of pages. A dry run, or one without its 
 """
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -63,7 +62,11 @@ def keep(out: Path, results: Path) -> Path:
     for name in KEPT:
         if (out / name).exists():
             shutil.copyfile(out / name, folder / name)
-    timed = [row for row in report.timed(load(out / "ours.json")) if row["backend"] == "auto"]
+    timed = [
+        row
+        for row in report.timed(load(out / "ours.json"))
+        if row["backend"] == "auto" or row["pass"].startswith("winograd-relu")
+    ]
     for (kind, mode), group in report.by(timed, "pass", "mode").items():
         best = {
             layer: row_of(min(rows, key=lambda r: report.main_time(r["times"]["ours"])), machine)
@@ -71,6 +74,8 @@ def keep(out: Path, results: Path) -> Path:
         }
         name = f"gpu_{slug(kind).replace('-', '_')}_{mode}"
         title = f"{kind}, {mode}, what `auto` picks, the better layout, against cuDNN's best"
+        if kind.startswith("winograd-relu"):
+            title = f"{kind}, {mode}, the better tile, against the same formula in PyTorch"
         line = report.machine_line(machine).removesuffix(".")
         tables.update(folder, name, title, {"gpu": line}, best)
     return folder

@@ -63,7 +63,7 @@ def facts(device: str) -> dict:
             "capability": f"{p.major}.{p.minor}",
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,
-            "l2_bytes": p.L2_cache_size,
+            "l2_bytes": getattr(p, "L2_cache_size", None),
         }
     return found
 
@@ -120,7 +120,6 @@ def ceilings(clock, small: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     device = "cpu" if options.dry_run else "cuda"

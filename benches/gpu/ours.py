@@ -87,6 +87,7 @@ def with_kept_filter(layer: Layer, choice: tuple, w, b):
     """The layer, which transforms its filter once: a function of `calls.tensors(…)`."""
     backend, algorithm, precision = choice
     conv = torch.nn.Conv2d(layer.c, layer.k, 3, padding=layer.dilation, dilation=layer.dilation)
+    conv.eval()
     conv.weight, conv.bias = (torch.nn.Parameter(t, requires_grad=False) for t in (w, b))
     module = pywino.WinogradConv2d.from_dense(conv, algorithm=algorithm, precision=precision)
     module.backend = backend
@@ -138,18 +139,22 @@ def best_setting(rows: list[dict], layer: Layer, kind: str, mode: str) -> Settin
 
 
 @functools.lru_cache(maxsize=1)
-def judged(layer: Layer, kind: str, mode: str, device: str):
+def judged(setting: Setting, device: str):
     """(view, exact result, PyTorch's own error) of a call; the candidates of one come together."""
-    arguments = tensors(layer, kind, mode, "channels_last", device)
+    layer, kind = setting.layer, setting.kind
+    arguments = tensors(layer, kind, setting.mode, setting.layout, device)
+    output = pytorch(layer, kind)(*arguments)
+    torch.backends.cudnn.benchmark = False  # a search among float64 kernels would take seconds
     view, result = exact(layer, kind, arguments)
-    return view, result, relative_l2(view(pytorch(layer, kind)(*arguments)), result)
+    setting.apply()
+    return view, result, relative_l2(view(output), result)
 
 
 def check(clock, setting: Setting, layout: str, choice: tuple) -> dict:
     """A candidate's error, and roughly its time."""
     layer, kind, mode = setting.layer, setting.kind, setting.mode
     setting.apply()
-    view, result, theirs = judged(layer, kind, mode, clock.device)
+    view, result, theirs = judged(setting, clock.device)
     function = function_of(layer, kind, choice)
     arguments = tensors(layer, kind, mode, layout, clock.device)
     error = relative_l2(view(function(*arguments)), result)
@@ -287,14 +292,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--journal", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
 
     clock = timing.clock_of("cpu" if options.dry_run else "cuda")
     samples = 2 if options.dry_run else timing.SAMPLES
     layers = tiny(GPU_LAYERS) if options.dry_run else GPU_LAYERS
-    journal = Journal(options.journal, options.seconds, clock.device)
+    journal = Journal(options.journal, options.until, clock.is_lost)
     with torch.no_grad():
         run_all(clock, journal, layers, load(options.out / "cudnn.json"), samples)
     if not journal.rows and not journal.left_out:

@@ -9,25 +9,25 @@ import faulthandler
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tables
-from gpu.timing import is_lost
 
 HANGS_S = 60  # a row that takes longer ends the process, with a traceback
 
 
 class Journal:
-    """Appends rows to `path`, and begins none later than `seconds` from now."""
+    """Appends rows to `path`, and begins none after `until`, as time.time() counts. `lost()` says
+    whether an error has left the device unusable."""
 
-    def __init__(self, path: Path, seconds: float, device: str):
-        self.path, self.device = path, device
-        self.end = time.monotonic() + seconds
+    def __init__(self, path: Path, until: float, lost: Callable[[], bool]):
+        self.path, self.until, self.lost = path, until, lost
         self.rows = read(path)
         self.left_out = []
 
-    def seconds_left(self) -> float:
-        return self.end - time.monotonic()
+    def is_over(self) -> bool:
+        return time.time() > self.until
 
     def write(self, key: str, **values) -> None:
         """Adds values to a row."""
@@ -42,7 +42,7 @@ class Journal:
         process ends, so that the next one goes on."""
         if key in self.rows:
             return
-        if self.seconds_left() < 0:
+        if self.is_over():
             self.left_out.append(key)
             return
         self.write(key, **facts, failed="the process ended in this row")
@@ -53,7 +53,7 @@ class Journal:
             text = f"{type(error).__name__}: {error}"[:400]
             self.write(key, failed=text)
             print(f"{key}: {text}", flush=True)
-            if is_lost(self.device):
+            if self.lost():
                 sys.exit("the CUDA context is lost; the next process goes on with the next row")
         finally:
             faulthandler.cancel_dump_traceback_later()
