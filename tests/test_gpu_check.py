@@ -47,6 +47,7 @@ def test_a_stage_that_crashes_or_hangs_costs_the_others_nothing(tmp_path, monkey
         script("print('nothing to do here'); raise SystemExit(77)", "nothing"),
         script(leave, "last", text=True),
         script("", "absent", needs=check.exists("no/such/folder")),
+        check.Stage("no program", ("/no/such/program",), 1.0),
         budget=30.0,
     )
     assert time.monotonic() - start < 25
@@ -57,6 +58,7 @@ def test_a_stage_that_crashes_or_hangs_costs_the_others_nothing(tmp_path, monkey
     assert found["nothing"].status == "skipped: nothing to do here"
     assert found["last"].status == "ok"
     assert found["absent"].status == "skipped: there is no no/such/folder in this checkout"
+    assert found["no program"].status.startswith("failed: FileNotFoundError")
     for child in children:  # what they started is gone too, or dead and not yet buried
         state = Path(f"/proc/{child.read_text()}/stat")
         assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -184,6 +186,12 @@ def test_the_driver_imports_no_torch():
     code = "import sys; sys.argv = ['check']; import check; assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benches" / "gpu")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_bug_in_a_table_costs_no_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.report, "page", lambda out: 1 / 0)
+    assert outcomes(tmp_path, script("print('fine')"))["s"].status == "ok"
+    assert "ZeroDivisionError" in (tmp_path / "out" / "tables.md").read_text()
 
 
 def test_an_unknown_stage_is_named(tmp_path):
@@ -494,7 +502,7 @@ def folder(tmp_path):
     fast = {"stage": "cudnn-benchmark", "key": setting.key, **setting.facts(), "failed": None}
     fast |= {"hot": times(200), "cold": times(210), "eager": times(220)}
     plain = fast | {"layout": "nchw", "benchmark": False, "hot": times(300)}
-    fixed = fast | {"deterministic": True, "hot": times(500)}
+    fixed = fast | {"deterministic": True, "layout": "nchw", "hot": times(100)}
     fast["kernels"] = [["sm90_fprop", 199.0]]
     content = {"rows": [fast, plain, fixed], "left_out": {}}
     (tmp_path / "cudnn.json").write_text(json.dumps(content))
@@ -513,7 +521,7 @@ def test_tables_by_hand(folder):
     assert "| ours | vgg-512x28-b32 cuda default | RuntimeError: launch |" in page
     assert "- ours: 1 for lack of time, from `x` on" in page
     # 118.38 GFLOP in 200 µs: 592 TFLOP/s, 75 % of the GEMM's 790.
-    line = "| 592 | 75 | channels_last, benchmark=1 | 1.5 | 2.5 | sm90_fprop |"
+    line = "| 592 | 75 | channels_last, benchmark=1 | 1.5 | 0.5 | sm90_fprop |"
     assert line in page
     assert "Dry run" not in page
 

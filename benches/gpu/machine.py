@@ -68,10 +68,9 @@ def facts(device: str) -> dict:
     return found
 
 
-def ceilings(clock, small: bool) -> dict:
-    """Rates that no kernel exceeds, or, where nothing reaches the ceiling, what PyTorch's own
-    kernels reach."""
-    found = {}
+def ceilings(clock, small: bool):
+    """(name, values) of rates that no kernel exceeds or, where nothing reaches the ceiling, that
+    PyTorch's own kernels reach."""
 
     def rate(name, unit, amount, run, count=1):
         """`count` runs in a graph; amount: bytes or operations of one."""
@@ -80,15 +79,15 @@ def ceilings(clock, small: bool) -> dict:
         seconds = timing.once(clock, run)
         samples = timing.interleaved(clock, [run], 3 if small else timing.rounds_for(seconds))
         times = timing.summary(samples[0], count if clock.graph else 1)
-        found[name] = {"rate": amount / (1e-6 * times["us"]), "unit": unit, **times}
+        return name, {"rate": amount / (1e-6 * times["us"]), "unit": unit, **times}
 
     device = clock.device
     x = torch.randn(2**12 if small else 2**28, device=device)  # 1 GiB
     y = torch.empty_like(x)
-    rate("copy, bytes read and written", "B/s", 2 * x.numel() * 4, lambda: y.copy_(x))
+    yield rate("copy, bytes read and written", "B/s", 2 * x.numel() * 4, lambda: y.copy_(x))
     # 16 MiB stay in the L2 of every GPU with tensor cores but the smallest.
     x = torch.randn(2**12 if small else 2**22, device=device)
-    rate("L2, read by torch.amax", "B/s", x.numel() * 4, lambda: x.amax(), 1 if small else 50)
+    yield rate("L2, read by torch.amax", "B/s", x.numel() * 4, lambda: x.amax(), 1 if small else 50)
     n = 64 if small else 8192
     for mode, dtype, tf32 in (
         ("bf16", torch.bfloat16, False),
@@ -99,22 +98,19 @@ def ceilings(clock, small: bool) -> dict:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         size = n if mode != "fp32" else n // 2
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rate(f"GEMM {mode}", "FLOP/s", 2 * size**3, lambda a=a, b=b: a @ b)
+        yield rate(f"GEMM {mode}", "FLOP/s", 2 * size**3, lambda a=a, b=b: a @ b)
     tiny, count = torch.zeros(1, device=device), 20 if small else 200
 
-    def tiny_calls():
+    def launches():
         for _ in range(count):
             tiny.add_(1)
 
-    found["launch, eager"] = timing.summary(
-        timing.interleaved(clock, [tiny_calls], 3 if small else 20)[0], count
-    )
+    kinds = {"eager": launches}
     if clock.graph:
-        replay = clock.graph([tiny_calls])
-        found["launch, graph"] = timing.summary(
-            timing.interleaved(clock, [replay], 3 if small else 20)[0], count
-        )
-    return found
+        kinds["graph"] = clock.graph([launches])
+    for kind, run in kinds.items():
+        samples = timing.interleaved(clock, [run], 3 if small else 20)
+        yield f"launch, {kind}", timing.summary(samples[0], count)
 
 
 def main() -> None:
@@ -123,12 +119,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     device = "cpu" if options.dry_run else "cuda"
-    content = facts(device)
-    path = options.out / "machine.json"
-    tables.write_whole(path, json.dumps(content, indent=1) + "\n")
-    content["ceilings"] = ceilings(timing.clock_of(device), options.dry_run)
+    content = facts(device) | {"ceilings": {}}
+    for name, values in ceilings(timing.clock_of(device), options.dry_run):
+        content["ceilings"][name] = values
+        tables.write_whole(options.out / "machine.json", json.dumps(content, indent=1) + "\n")
     content["nvidia_smi_after"] = clocks()
-    tables.write_whole(path, json.dumps(content, indent=1) + "\n")
+    tables.write_whole(options.out / "machine.json", json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 
 
