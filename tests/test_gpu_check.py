@@ -611,21 +611,22 @@ def test_counters_by_hand():
 # ----------------------------------------------------------------------------------------- dry run
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
+def dry_run(out: Path, *arguments: str, **variables: str) -> tuple[int, str, Path]:
     """(status, output, folder) of a dry run."""
     if "PYWINO_GPU_CHECK" in os.environ:
         pytest.skip("gpu-check runs this test, and would run itself")
-    out = tmp_path_factory.mktemp("gpu") / "out"
     command = [sys.executable, str(ROOT / "benches" / "gpu" / "check.py"), "--out", str(out)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYWINO", "PYTEST"))}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        [*command, "--dry-run"],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        [*command, "--dry-run", *arguments], env=environment, capture_output=True, text=True
     )
     return done.returncode, done.stdout + done.stderr, out
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    return dry_run(tmp_path_factory.mktemp("gpu") / "out")
 
 
 @pytest.mark.slow
@@ -675,3 +676,19 @@ def test_dry_run_measures_ours(dry):
     page = (dry[2] / "tables.md").read_text()
     assert "No number here is a measurement." in page
     assert "### Ours, winograd-relu training, fp32" in page
+
+
+@pytest.mark.slow
+def test_without_kernels_of_ours_the_rest_is_measured(tmp_path):
+    """As after a build that failed."""
+    stages = "machine,memcheck,ours,counters"
+    status, output, out = dry_run(tmp_path / "out", "--stages", stages, PYWINO_PURE="1")
+    assert status == 0, output[-4000:]
+    run = json.loads((out / "machine.json").read_text())["run"]
+    results = {stage["stage"]: stage["status"] for stage in run["stages"]}
+    assert results.pop("memcheck") == (
+        "skipped: no kernel of pywino runs on cpu in this build: nothing to check"
+    )
+    assert results == {"machine": "ok", "ours": "ok", "counters": "ok"}
+    assert json.loads((out / "ours.json").read_text()) == {"rows": [], "left_out": {"ours": []}}
+    assert "No kernel of pywino was timed." in output

@@ -64,7 +64,7 @@ class Journal:
         print(f"{len(self.rows)} {what} measured, {count} left out for lack of time", flush=True)
         if count:
             print(f"left out: {', '.join(self.left_out[:5])}{', …' * (count > 5)}", flush=True)
-            self.write("left out", left_out=self.left_out)
+        self.write("left out", left_out=self.left_out)
 
 
 def read(journal: Path) -> dict[str, dict]:
