@@ -101,6 +101,30 @@ def pytorch(layer: Layer, kind: str):
     return gradient
 
 
+def ends(t: Tensor) -> Tensor:
+    """First and last image: enough to check a batch, at a fraction of the float64 work."""
+    return t[:: max(1, len(t) - 1)]
+
+
+def exact(layer: Layer, kind: str, arguments: tuple[Tensor, ...]):
+    """(view, result): what of the output of `tensors(…)` is compared, and that in float64."""
+    view = (lambda t: t) if kind == "weight gradient" else ends  # it needs every image
+    first, second, third = arguments
+    parts = [view(first), second if kind == "forward" else view(second), third]
+    doubles = [t.double().contiguous() for t in parts]
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # a search among float64 kernels takes long
+    result = pytorch(layer, kind)(*doubles)
+    torch.backends.cudnn.benchmark = benchmark
+    return view, result
+
+
+def error_of(layer: Layer, kind: str, arguments: tuple[Tensor, ...], output: Tensor) -> float:
+    """Relative L2 error of an output against float64."""
+    view, result = exact(layer, kind, arguments)
+    return float((view(output).double() - result).norm() / result.norm())
+
+
 def extra_memory(clock, run) -> int | None:
     """Bytes that a call needs beside its output."""
     if clock.device != "cuda":

@@ -289,7 +289,6 @@ class Run:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
             "PYWINO_GPU_CHECK": "1",  # its own tests do not start it again
             # Plans of this run: those in the user's cache may have been measured on a busy machine.
             "PYWINO_PLAN": str(Path(self.scratch.name) / "plans.json"),

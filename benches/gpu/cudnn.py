@@ -18,6 +18,7 @@ from gpu.calls import (
     MODES,
     PASSES,
     Setting,
+    error_of,
     extra_memory,
     pytorch,
     tensors,
@@ -53,10 +54,12 @@ def measure(clock, setting: Setting, samples: int) -> dict:
     setting.apply()
     arguments = tensors(setting.layer, setting.kind, setting.mode, setting.layout, clock.device)
     function = pytorch(setting.layer, setting.kind)
-    function(*arguments)
+    error = None
+    if setting.kind == "forward":
+        error = error_of(setting.layer, setting.kind, arguments, function(*arguments))
     memory = extra_memory(clock, lambda: function(*arguments))
     times = timing.compare(clock, {"cudnn": (function, arguments)}, samples)["cudnn"]
-    return {**times, "workspace_bytes": memory}
+    return {**times, "workspace_bytes": memory, "error": error}
 
 
 def kernels(clock, chosen: list[Setting]) -> dict[str, list]:

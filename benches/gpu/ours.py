@@ -14,6 +14,8 @@ from gpu.calls import (
     LAYOUTS,
     MODES,
     Setting,
+    ends,
+    exact,
     extra_memory,
     pytorch,
     tensors,
@@ -94,23 +96,6 @@ def with_kept_filter(layer: Layer, choice: tuple, w, b):
     return lambda x, w, b: module(x)
 
 
-def ends(t):
-    """First and last image."""
-    return t[:: max(1, len(t) - 1)]
-
-
-def exact(layer: Layer, kind: str, arguments: tuple):
-    """(view, result): what of the output is compared, and that in float64."""
-    whole = kind == "weight gradient"  # it needs every image
-    view = (lambda t: t) if whole else ends
-    first, second, third = arguments
-    if kind == "forward":
-        doubles = ends(first).double(), second.double(), third.double()
-    else:
-        doubles = view(first).double(), view(second).double(), third.double()
-    return view, pytorch(layer, kind)(*doubles)
-
-
 def limit_of(kind: str, mode: str, choice: tuple, pytorchs_error: float) -> float:
     _, algorithm, precision = choice
     limits = FAST if precision == "fast" else LIMITS[mode]
@@ -144,9 +129,7 @@ def judged(setting: Setting, device: str):
     layer, kind = setting.layer, setting.kind
     arguments = tensors(layer, kind, setting.mode, setting.layout, device)
     output = pytorch(layer, kind)(*arguments)
-    torch.backends.cudnn.benchmark = False  # a search among float64 kernels would take seconds
     view, result = exact(layer, kind, arguments)
-    setting.apply()
     return view, result, relative_l2(view(output), result)
 
 

@@ -129,11 +129,12 @@ def cudnn_tables(rows: list[dict], ceilings: dict) -> list[str]:
                     f"{best['layout']}, benchmark={int(best['benchmark'])}",
                     number(main_time(plain[0]) / main_time(best)) if plain else "",
                     number(min(map(main_time, fixed)) / main_time(best)) if fixed else "",
+                    number(best.get("error"), 2),
                     names[:160],
                 ]
             )
         head = ["layer", "graph, hot µs", "graph, cold µs", "eager µs", "TFLOP/s", "% of GEMM"]
-        head += ["best setting", "NCHW default ÷ best", "deterministic ÷ best", "kernels"]
+        head += ["best setting", "NCHW default ÷ best", "deterministic ÷ best", "error", "kernels"]
         texts.append(f"### cuDNN, {kind}, {mode}\n\n{table(head, lines)}")
     return texts
 
@@ -162,9 +163,9 @@ def ours_tables(rows: list[dict]) -> list[str]:
             auto = min(autos, key=lambda r: main_time(r["times"]["ours"]), default=None)
             for best in filter(None, (auto, best_of(candidates), best_of(candidates, "fast"))):
                 times = best["times"]
-                kept = ratio(times, "ours, filter kept", "cudnn") if len(times) == 3 else None
-                if kind.startswith("winograd-relu"):
-                    kept = None
+                kept = None
+                if "ours, filter kept" in times:
+                    kept = ratio(times, "ours, filter kept", "cudnn")
                 lines.append(
                     [
                         layer,

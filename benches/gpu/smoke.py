@@ -16,8 +16,8 @@ import sys
 import time
 
 import torch
-from gpu.calls import MODES, PASSES, Setting, tensors
-from gpu.ours import AUTO, candidates, exact, function_of, limit_of
+from gpu.calls import MODES, PASSES, Setting, exact, tensors
+from gpu.ours import AUTO, candidates, function_of, limit_of
 from layers import Layer
 
 import pywino

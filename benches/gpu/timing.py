@@ -23,6 +23,10 @@ class CUDA:
 
     device = "cuda"
 
+    def __init__(self):
+        # One for all captures: memory that the allocator has given to a stream stays with it.
+        self.stream = torch.cuda.Stream()
+
     def mark(self):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -42,24 +46,20 @@ class CUDA:
             return True
 
     def graph(self, calls):
-        """Captures the calls after one run of them on the same stream, as PyTorch asks.
-
-        `torch.cuda.graph` would do it too, but collects garbage and empties the allocator's cache
-        each time, which takes longer than most measurements."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        """Captures the calls, after one run of them on the same stream, as PyTorch asks."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             for call in calls:
                 call()
-            torch.cuda.synchronize()
-            graph.capture_begin()
-            try:
+        current.wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
                 for call in calls:
                     call()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
+        finally:  # a capture that fails leaves its stream the current one
+            torch.cuda.set_stream(current)
         return graph.replay
 
 
