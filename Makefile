@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo | test | bench | lint | setup | clean          PYTHON=python3.12 chooses the interpreter
-# make gpu-check OUT=folder [DRY=1] [STAGES=a,b] [BUDGET=450]
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test bench lint gpu-check clean
+.PHONY: setup demo test bench lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -27,7 +26,9 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-# Where there is a GPU: everything, with the packages that the machine has (docs/gpu_check.md).
+# make gpu-check OUT=folder [DRY=1] [STAGES=a,b] [BUDGET=seconds]: everything that there is to prove
+# and measure on a GPU, with the packages that its machine has (docs/gpu_check.md).
+.PHONY: gpu-check
 gpu-check:
 	@test -n "$(OUT)" || { echo "type: make gpu-check OUT=folder"; exit 1; }
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benches/gpu/check.py --out "$(OUT)" \
