@@ -4,13 +4,16 @@
     pip install --no-build-isolation .       with the native library: torch must be installed first
     PYWINO_PURE=1 pip install .              pure Python: everything works, on PyTorch's own kernels
 
-Environment: PYWINO_PURE=1, CXX (the compiler), MAX_JOBS (compiler processes at a time).
+Environment: PYWINO_PURE=1, CXX (the compiler), MAX_JOBS (compiler processes at a time),
+PYWINO_CUDA=auto|0|1 (auto: the CUDA kernels are built where nvcc is found; 1: it must be there),
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"; default: every architecture that the kernels run on).
 """
 
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +35,45 @@ def find_tool(name: str) -> str | None:
     """The tool that pip put beside this Python, else the one on PATH."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     return shutil.which(name, path=path)
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    inside = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    return inside or find_tool("nvcc")
+
+
+def why_no_cuda() -> str | None:
+    """The reason to build no CUDA kernels; None builds them."""
+    wish = os.environ.get("PYWINO_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SetupError(f"PYWINO_CUDA must be auto, 0 or 1, got {wish!r}")
+    if wish == "0":
+        return "it was built with PYWINO_CUDA=0"
+    if find_nvcc() is None:
+        if wish == "1":
+            raise SetupError("PYWINO_CUDA=1 needs nvcc on PATH or in CUDA_HOME; none was found")
+        return "nvcc was not found when it was built"
+    return None
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's words ("80-real;90a"); without it every
+    architecture from sm_80 on, and PTX of the last for those to come."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0a 10.0 12.0+PTX")
+    found = []
+    for name in names.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if match is None:
+            raise SetupError(
+                f'TORCH_CUDA_ARCH_LIST must be like "8.0;9.0a+PTX", got {name!r} in {names!r}'
+            )
+        if int(match[1]) >= 8:
+            found.append(match[1] + match[2] + ("" if match[3] else "-real"))
+    if not found:
+        raise SetupError(f"the CUDA kernels need sm_80 or later; TORCH_CUDA_ARCH_LIST is {names!r}")
+    return ";".join(found)
 
 
 def why_pure() -> str | None:
@@ -108,6 +150,10 @@ class BuildNative(build_ext):
             "PYWINO_PYTHON_INCLUDE": f"{sysconfig.get_path('include')};{pybind11.get_include()}",
             "PYWINO_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         }
+        no_cuda = why_no_cuda()
+        options["PYWINO_CUDA_ARCHITECTURES"] = "" if no_cuda else cuda_architectures()
+        if not no_cuda:
+            options["CMAKE_CUDA_COMPILER"] = find_nvcc()
         defines = [f"-D{name}={value}" for name, value in options.items()]
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         run(find_tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", *defines)
@@ -117,7 +163,8 @@ class BuildNative(build_ext):
             # Moved, not written: another Python may be running the old file.
             shutil.copy2(build / name, package / f"{name}.new")
             os.replace(package / f"{name}.new", package / name)
-        write_record(package, None, torch=torch_version)
+        cuda = {"no_cuda": no_cuda} if no_cuda else {"cuda": options["PYWINO_CUDA_ARCHITECTURES"]}
+        write_record(package, None, torch=torch_version, **cuda)
 
     # setuptools would look for one file an extension, built by itself.
     def get_outputs(self) -> list[str]:

@@ -12,6 +12,9 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -71,6 +74,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, *_MODULES})
 
 
+def _find_kernels() -> None:
+    """In a checkout the Triton kernels lie beside this package, in a folder without __init__.py
+    (docs/adding_an_op.md says why); a wheel has them inside."""
+    folder = pathlib.Path(__file__).resolve().parent.parent / "kernels"
+    if not (folder.parent / "pywino" / "kernels").is_dir() and (folder / "winograd.py").is_file():
+        package = types.ModuleType("pywino.kernels")
+        package.__path__ = [str(folder)]
+        sys.modules.setdefault(package.__name__, package)
+
+
 def _register_ops() -> None:
     """Makes torch.ops.pywino.* exist. Without torch nothing works but `pywino doctor`."""
     try:
@@ -80,4 +93,5 @@ def _register_ops() -> None:
     importlib.import_module("pywino.ops")
 
 
+_find_kernels()
 _register_ops()

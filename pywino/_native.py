@@ -11,6 +11,7 @@ Everything in pywino works without the library, on PyTorch's own kernels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -61,6 +62,40 @@ def force_isa(name: str) -> Iterator[None]:
     finally:
         host.force_isa(before)
         _forced = before
+
+
+@functools.cache
+def why_no_cuda() -> str | None:
+    """None where the CUDA kernels run on the current device, else why not and what to do."""
+    if not loaded:
+        return f"the native library is not loaded: {reason}"
+    record = build_record()
+    if "cuda" not in record:
+        why = record.get("no_cuda", "nvcc was not found when it was built")
+        return f"the library has no CUDA kernels: {why}; install CUDA and type `{INSTALL}`"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    device = torch.cuda.get_device_capability()
+    if not any(_image_runs(name, device) for name in record["cuda"].split(";")):
+        have = "{}.{}".format(*device)
+        return (
+            f"the kernels were built for {record['cuda']}, the GPU is sm_{have.replace('.', '')}; "
+            f'type `TORCH_CUDA_ARCH_LIST="{have}" {INSTALL}`'
+        )
+    return None
+
+
+def _image_runs(name: str, device: tuple[int, int]) -> bool:
+    """Whether code for an architecture in CMake's words, "90a-real" or "120", runs on a device:
+    machine code within its major version ("a": on it alone), PTX on every later one."""
+    arch, _, kind = name.partition("-")
+    number = int(arch.rstrip("af"))
+    built = divmod(number, 10)
+    if arch.endswith("a"):
+        return built == device
+    return (built[0] == device[0] and built <= device) or (not kind and built <= device)
 
 
 def warn_once() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What each backend can run, and why it cannot run the rest."""
 
+import importlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ BACKENDS = ("cuda", "triton", "cpu", "aten")
 ALGORITHMS = ("direct", "f2", "f4", "f6", "f4x1")
 PRECISIONS = ("default", "fast")
 TILES = {"f2": 2, "f4": 4, "f6": 6}
+_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _CHECKS = {}  # (backend, op) -> predicate(call, algorithm) -> str | None
 
@@ -37,6 +40,7 @@ class Call(NamedTuple):
     kernel: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (1, 1)
     groups: int = 1
+    tf32: bool = False  # on a GPU: PyTorch may round float32 to TF32 in convolutions
 
     @property
     def output_size(self):
@@ -65,6 +69,45 @@ def can_run(backend, call, algorithm="auto"):
     return check(call, algorithm)
 
 
+def of_device(device):
+    """The backends with kernels of our own for a device type, the preferred one first."""
+    return _OF_DEVICE.get(device, ())
+
+
+def covers(call, algorithm="auto"):
+    """Whether a kernel of our own can run `call` by `algorithm`."""
+    return any(can_run(name, call, algorithm) is None for name in of_device(call.device))
+
+
+def allows_tf32(tensor):
+    """Whether PyTorch may round this tensor's numbers to TF32 in a convolution."""
+    return (
+        tensor.is_cuda
+        and tensor.dtype == torch.float32
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    )
+
+
+def is_strict(call, algorithm):
+    """Whether a GPU kernel must compute in float32 (3xTF32) to stay in the call's error class.
+
+    Otherwise V, U and M are fp16 with powers of two for range, summed in float32: as accurate as
+    TF32, whose mantissa is as long (F4 loses more, docs/winograd.md)."""
+    if call.dtype != torch.float32 or call.precision == "fast":
+        return False
+    return not (call.tf32 and algorithm in ("direct", "f2"))
+
+
+def loses_accuracy(call, algorithm):
+    """None where `algorithm` stays in the error class of a GPU call, else the reason why `auto`
+    leaves it out."""
+    if algorithm == "f6" and call.precision != "fast":
+        return 'F6 is outside of the error class; algorithm="f6" takes it all the same'
+    if algorithm == "f4" and call.dtype == torch.float16 and call.precision != "fast":
+        return 'F4 has 4 to 6 times the error of float16; precision="fast" allows it'
+    return None
+
+
 def is_channels_last(tensor):
     """The layout rule of every op: its output is channels_last iff this holds for its input."""
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -85,6 +128,44 @@ def _winograd_cpu(call, algorithm):
         return f"the native library is not loaded: {native.reason}"
     if algorithm not in ("auto", *TILES):
         return f"it has f2, f4 and f6, not {algorithm}"
+    return _winograd(call)
+
+
+def _winograd_cuda(call, algorithm):
+    if call.device != "cuda":
+        return f"the tensors are on {call.device}"
+    reason = native.why_no_cuda()
+    if reason is not None:
+        return reason
+    if algorithm not in ("auto", "direct", *TILES):
+        return f"it has direct, f2, f4 and f6, not {algorithm}"
+    if algorithm == "direct":
+        if call.op.startswith("winograd_relu_conv2d"):
+            return "a weight in the Winograd domain has no direct convolution"
+        c = call.k if call.op.endswith("_backward_input") else call.c
+        if not call.channels_last:
+            return "its direct kernel reads channels_last tensors"
+        if c * call.dtype.itemsize % 16:
+            return f"its direct kernel reads pixels of whole 16 bytes, not {c} channels"
+        if call.n * max(call.h * call.w, math.prod(call.output_size)) >= 2**31:
+            return "its direct kernel counts pixels in 31 bits"
+    return _winograd(call)
+
+
+def _winograd_triton(call, algorithm):
+    if call.device != "cuda":
+        return f"the tensors are on {call.device}"
+    kernels = importlib.import_module("pywino.kernels.winograd")
+    reason = kernels.why_not()
+    if reason is not None:
+        return reason
+    if algorithm not in ("auto", *TILES):
+        return f"it has f2, f4 and f6, not {algorithm}"
+    return _winograd(call)
+
+
+def _winograd(call):
+    """What no Winograd kernel covers."""
     if call.kernel != (3, 3):
         return f"it covers 3x3 kernels, not {call.kernel[0]}x{call.kernel[1]}"
     if call.stride != (1, 1):
@@ -110,3 +191,8 @@ def _listed(names):
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
+for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_conv2d"):
+    register("cuda", _op, _winograd_cuda)
+for _op in ("", "_backward_input", "_backward_weight"):
+    register("triton", "winograd_conv2d" + _op, _winograd_triton)
+    register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Chooses the kernel of a call: measured once, kept in memory and on disk, deterministic after.
 
-The candidates of a call are PyTorch's own kernel and the two tiles with the fewest operations. Each
-is called three times on tensors of the call's signature; the fastest wins, PyTorch wherever it is
-not beaten by 3 %. A plan holds for a bucket of signatures: batch, height and width are rounded up
+The candidates of a call are PyTorch's own kernel and, on the CPU, the two tiles with the fewest
+operations; on a GPU, every kernel that stays in the error class of the call. Each is called three
+times on tensors of the call's signature; the fastest wins, PyTorch wherever it is not beaten by
+3 %. A plan holds for a bucket of signatures: batch, height and width are rounded up
 (`bucket`), everything else is exact.
 
     PYWINO_PLAN=measure   The default: measures what is not in this machine's file in the user's
@@ -62,8 +63,8 @@ class Plan(NamedTuple):
 
     @property
     def tile(self):
-        """m of F(m x m, 3 x 3), 0 for PyTorch's kernel."""
-        return TILES.get(self.algorithm, 0)
+        """m of F(m x m, 3 x 3), 1 for the direct kernel, 0 for PyTorch's kernel."""
+        return 1 if self.algorithm == "direct" else TILES.get(self.algorithm, 0)
 
 
 class Candidate(NamedTuple):
@@ -116,17 +117,17 @@ def choose(call, algorithm="auto", backend="auto"):
     if backend == "aten":
         require("aten", call, algorithm)
         return PYTORCH
-    name = "cpu" if backend == "auto" else backend  # the one backend with Winograd kernels so far
-    reason = backends.can_run(name, call, algorithm)
-    if reason is not None:
+    names = backends.of_device(call.device) or ("cpu",) if backend == "auto" else (backend,)
+    able = [name for name in names if backends.can_run(name, call, algorithm) is None]
+    if not able:
         if backend == "auto" and algorithm == "auto":
             return PYTORCH
-        require(name, call, algorithm)
+        require(names[0], call, algorithm)
     if algorithm != "auto":
-        return Plan(name, algorithm, "only")
+        return Plan(able[0], algorithm, "only")
     plan = _plans.lookup(call)
-    if plan.backend == "aten" and backend != "auto":  # the user's word: the best of that backend's
-        return Plan(name, f"f{best_tiles(call)[0]}", plan.source, plan.seconds)
+    if backend not in ("auto", plan.backend):  # the user's word: the best of that backend's
+        return Plan(backend, _best_of(backend, call, plan.seconds), plan.source, plan.seconds)
     return plan
 
 
@@ -151,13 +152,60 @@ def candidates(call):
             found.append(Candidate(name, None, None, reason))
             continue
         best = [f"f{tile}" for tile in best_tiles(call)]
-        for algorithm in TILES:
-            seconds = plan.seconds.get(algorithm)
+        for algorithm in TILES if name == "cpu" else ("direct", *TILES):
+            seconds = plan.seconds.get(label(name, algorithm))
             reason = backends.can_run(name, call, algorithm)
-            if reason is None and seconds is None and algorithm not in best[:2]:
-                reason = f"more operations than {best[0]} and {best[1]}"
+            if reason is None and seconds is None:
+                if name != "cpu":
+                    reason = backends.loses_accuracy(call, algorithm)
+                elif algorithm not in best[:2]:
+                    reason = f"more operations than {best[0]} and {best[1]}"
             found.append(Candidate(name, algorithm, seconds, reason))
     return found
+
+
+def label(backend, algorithm):
+    """The name of a kernel among measured times: "aten", "f4" (on the CPU), "cuda f4"."""
+    if backend == "aten":
+        return "aten"
+    return algorithm if backend == "cpu" else f"{backend} {algorithm}"
+
+
+def kernel_plan(name):
+    """The `Plan` that a `label` names."""
+    if name == "aten":
+        return PYTORCH
+    backend, _, algorithm = name.rpartition(" ")
+    return Plan(backend or "cpu", algorithm, "only")
+
+
+def _measured_kernels(call):
+    """Labels of the kernels of our own that are timed for a call."""
+    if call.device == "cpu":
+        return [f"f{tile}" for tile in best_tiles(call)[:2]]
+    return [
+        label(name, algorithm)
+        for name in backends.of_device(call.device)
+        for algorithm in ("direct", *TILES)
+        if backends.can_run(name, call, algorithm) is None
+        and backends.loses_accuracy(call, algorithm) is None
+    ]
+
+
+def _best_of(backend, call, seconds):
+    """The algorithm of a backend that was fastest, or has the fewest operations."""
+    times = {
+        kernel_plan(name).algorithm: time
+        for name, time in seconds.items()
+        if kernel_plan(name).backend == backend
+    }
+    if times:
+        return min(times, key=times.get)
+    for tile in best_tiles(call):
+        algorithm = f"f{tile}"
+        if backend == "cpu" or backends.loses_accuracy(call, algorithm) is None:
+            return algorithm
+    return "f2"
 
 
 def describe(
@@ -194,6 +242,7 @@ def describe(
         (3, 3) if op.startswith("winograd_relu_conv2d") else tuple(weight.shape[2:]),
         pair(stride),
         groups,
+        backends.allows_tf32(input),
     )
 
 
@@ -244,6 +293,8 @@ def _estimate(call, tile):
 
 
 def _static(call):
+    if call.device != "cpu":
+        return Plan("aten", None)  # a GPU's kernels are chosen by measurement alone
     tile = best_tiles(call)[0]
     if _estimate(call, tile) < _STATIC_GAIN * operation_count(call, 0):
         return Plan("cpu", f"f{tile}")
@@ -269,13 +320,18 @@ def _step(size):
 def _key(call):
     """The bucket of a call as a readable string, for the file."""
     b = bucket(call)
+    if b.device == "cpu":
+        isa = native.host.isa() if native.loaded else "none"
+        place = f"cpu threads{torch.get_num_threads()} {isa}"
+    else:
+        gpu = torch.cuda.get_device_name().replace(" ", "_")
+        place = f"{gpu} {'tf32' if b.tf32 else 'ieee'}"
     return (
         f"{b.op} n{b.n} c{b.c} h{b.h} w{b.w} k{b.k} "
         f"p{b.padding[0]},{b.padding[1]} d{b.dilation[0]},{b.dilation[1]} "
         f"{str(b.dtype).removeprefix('torch.')} "
         f"{'channels_last' if b.channels_last else 'contiguous'} "
-        f"{b.device} threads{torch.get_num_threads()} "
-        f"{native.host.isa() if native.loaded else 'none'} {b.precision} "
+        f"{place} {b.precision} "
         f"{'cached' if b.cached else 'transforms'}"
     )
 
@@ -284,10 +340,11 @@ def _key(call):
 
 
 def _timed(call):
-    """Seconds of PyTorch's kernel and of the two best tiles."""
+    """Seconds of PyTorch's kernel and of ours, by `label`; `runners` know PyTorch's as None."""
     part = _part(call)
     runners = _measure[call.op](part)
-    names = [None, *(f"f{tile}" for tile in best_tiles(call)[:2])]
+    names = [None, *_measured_kernels(call)]
+    seconds_of = _seconds_on_cpu if call.device == "cpu" else _seconds_on_gpu
     best = dict.fromkeys(names, float("inf"))
     # Autocast and a deterministic fill of new memory would be timed too; gradients need no graph
     # here.
@@ -296,13 +353,28 @@ def _timed(call):
         start = time.perf_counter()
         for _ in range(CALLS):
             for name, run in runs.items():
-                before = time.perf_counter()
-                run()
-                after = time.perf_counter()
-                best[name] = min(best[name], after - before)
-                if after - start > SECONDS and all(t < float("inf") for t in best.values()):
+                best[name] = min(best[name], seconds_of(run))
+                if time.perf_counter() - start > SECONDS and all(
+                    t < float("inf") for t in best.values()
+                ):
                     return _scaled(best, call, part)
     return _scaled(best, call, part)
+
+
+def _seconds_on_cpu(run):
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before
+
+
+def _seconds_on_gpu(run):
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _scaled(seconds, call, part):
@@ -313,6 +385,8 @@ def _scaled(seconds, call, part):
 
 def _part(call):
     """The call, or one with fewer images or rows where the whole would take too long to measure."""
+    if call.device != "cpu":
+        return call
     limit = WORK * torch.get_num_threads()
     if call.dtype == torch.float16:
         limit /= 8  # PyTorch's float16 convolution is that slow on CPUs without float16 arithmetic
@@ -368,16 +442,21 @@ class _Plans:
                 return _static(call)
             start = time.perf_counter()
             seconds = _timed(call)
-            fastest = min((name for name in seconds if name != "aten"), key=seconds.get)
+            fastest = min(seconds, key=seconds.get)
             wins = seconds[fastest] < MARGIN * seconds["aten"]
-            plan = Plan("cpu" if wins else "aten", fastest if wins else None, "measured", seconds)
+            best = kernel_plan(fastest if wins else "aten")
+            plan = best._replace(source="measured", seconds=seconds)
             self.plans[key] = plan
             while len(self.plans) > CAPACITY:
                 self.plans.popitem(last=False)
             times = ", ".join(f"{name} {1e3 * t:.3f} ms" for name, t in seconds.items())
             took = time.perf_counter() - start
             log.info(
-                "%s: %s; chose %s in %.0f ms", key, times, plan.algorithm or "aten", 1e3 * took
+                "%s: %s; chose %s in %.0f ms",
+                key,
+                times,
+                label(plan.backend, plan.algorithm),
+                1e3 * took,
             )
             self.save()
             return plan
@@ -417,6 +496,7 @@ def _may_measure():
     return (
         not torch.are_deterministic_algorithms_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -473,10 +553,13 @@ def read(path):
 
 def _plan_from(entry):
     backend, algorithm = entry["backend"], entry["algorithm"]
-    if (backend, algorithm) != ("aten", None) and (backend != "cpu" or algorithm not in TILES):
+    known = ("direct", *TILES) if backend in ("cuda", "triton") else TILES
+    if (backend, algorithm) != ("aten", None) and (
+        backend not in ("cpu", "cuda", "triton") or algorithm not in known
+    ):
         raise ValueError(f"no such plan: {backend!r}, {algorithm!r}")
     seconds = {name: float(t) for name, t in entry["seconds"].items()}
-    if not {"aten", algorithm or "aten"} <= seconds.keys():
+    if not {"aten", label(backend, algorithm)} <= seconds.keys():
         raise ValueError(f"a plan without its times: {entry}")
     return Plan(backend, algorithm, "stored", seconds)
 

@@ -93,7 +93,8 @@ def test_pure_wheel_has_the_package_and_nothing_else(pure_wheel):
     modules = {
         name for name in tracked_files() if name.startswith("pywino/") and name[-3:] == ".py"
     }
-    assert names == modules | {"pywino/_build.json"}
+    kernels = {f"pywino/{name}" for name in tracked_files() if name.startswith("kernels/")}
+    assert names == modules | kernels | {"pywino/_build.json"}
 
 
 def test_wheel_has_the_licence(pure_wheel):

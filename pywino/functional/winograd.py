@@ -19,6 +19,7 @@ from pywino.functional._checks import (
     check_types,
 )
 from pywino.ops import winograd as ops
+from pywino.ops._kernels import kernel_of
 from pywino.reference import winograd as reference
 
 _ops = torch.ops.pywino
@@ -115,7 +116,7 @@ def run_conv2d(
         and type(weight) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
         and (residual is None or type(residual) in _PLAIN)
-        and input.is_cpu
+        and (input.is_cpu or input.is_cuda)
         # functorch transforms, forward-mode AD, modes and jit.trace know F.conv2d, not our ops.
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
@@ -125,6 +126,7 @@ def run_conv2d(
     ):
         return _outside(input, weight, bias, residual, arguments, strict)
     gradients = _gradients(input, weight, bias, residual)
+    device = "cpu" if input.is_cpu else "cuda"
     key = (
         input.shape,
         input.stride(),
@@ -138,8 +140,8 @@ def run_conv2d(
         strict,
         cache is not None,
         gradients,
-        get_num_threads(),
-        is_autocast_enabled("cpu") and get_autocast_dtype("cpu"),
+        get_num_threads() if device == "cpu" else (input.device, backends.allows_tf32(input)),
+        is_autocast_enabled(device) and get_autocast_dtype(device),
     )
     try:
         route = _routes.get(key)
@@ -174,7 +176,7 @@ def _find_route(input, weight, bias, residual, arguments, cache, strict, gradien
             input.unsqueeze(0), weight, bias, residual, *arguments, cache, strict
         ).squeeze(0)
 
-    dtype = get_autocast_dtype("cpu") if autocasts(input) else input.dtype
+    dtype = get_autocast_dtype(input.device.type) if autocasts(input) else input.dtype
     call = planner.describe(
         "winograd_conv2d",
         input,
@@ -186,17 +188,16 @@ def _find_route(input, weight, bias, residual, arguments, cache, strict, gradien
         precision=precision,
         cached=cache is not None and not gradients,
     )._replace(dtype=dtype)
-    if not strict and backends.can_run("cpu", call, algorithm) is not None:
+    if not strict and not backends.covers(call, algorithm):
         algorithm = "auto"
     plan = planner.choose(call, algorithm, backend)
-    tile = plan.tile
-    if gradients and tile and backend == "auto" and not _pays(plan):
-        tile = 0
+    if gradients and plan.tile and backend == "auto" and not _pays(plan):
+        plan = planner.PYTORCH
     if residual is not None:
         fits = residual.dtype == dtype and residual.shape == (call.n, call.k, *call.output_size)
-        tile = tile if fits else 0  # the kernels do not broadcast or promote
-    if not tile:
-        covered = backends.can_run("cpu", call) is None
+        plan = plan if fits else planner.PYTORCH  # the kernels do not broadcast or promote
+    if not plan.tile:
+        covered = backends.covers(call)
         layout = torch.channels_last if call.channels_last else torch.contiguous_format
         return _pytorch_route(arguments, layout if covered else None)
     if gradients:
@@ -205,27 +206,26 @@ def _find_route(input, weight, bias, residual, arguments, cache, strict, gradien
         return lambda input, weight, bias, residual, cache: function(
             input, weight, bias, residual, pads, dilation, *choice
         )
-    return _native_route(tile, pads, dilation, activation == "relu", precision, dtype)
+    return _native_route(plan, call, activation == "relu")
 
 
 def _pays(plan):
     """Whether a measured forward saves what the Python around its backward costs."""
     seconds = plan.seconds
-    return not seconds or seconds["aten"] - seconds[plan.algorithm] > _AUTOGRAD
+    ours = seconds.get(planner.label(plan.backend, plan.algorithm))
+    return ours is None or seconds["aten"] - ours > _AUTOGRAD
 
 
-def _native_route(tile, padding, dilation, relu, precision, dtype):
+def _native_route(plan, call, relu):
+    k, padding, dilation, dtype = call.k, call.padding, call.dilation, call.dtype
+
     def run(input, weight, bias, residual, cache):
-        fast = backends.uses_fast_products(precision, tile)
-        if cache is None:
-            filter = _ops._winograd_filter.default(weight, tile, False, fast)
-        else:
-            filter = cache.filter(weight, tile, fast)
+        # Found anew each time: the instruction set in force decides on products in bf16.
+        kernel = kernel_of(plan, call)
         if input.dtype is not dtype:  # autocast
-            input = input.to(dtype)
-        return ops.native_forward(
-            input, filter, bias, residual, weight.shape[0], tile, padding, dilation, relu, fast
-        )
+            input, weight = input.to(dtype), weight if cache else weight.to(dtype)
+        filter = kernel.filter(weight) if cache is None else cache.filter(weight, kernel)
+        return kernel.forward(input, filter, bias, residual, k, padding, dilation, relu)
 
     return run
 
@@ -263,10 +263,10 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
     stride, pads, dilation = check_geometry(
         "conv2d", input, weight, stride, padding, dilation, groups
     )
-    dtype = get_autocast_dtype("cpu") if autocasts(input) else input.dtype
+    device = input.device.type
+    dtype = get_autocast_dtype(device) if autocasts(input) else input.dtype
     covered = (
-        native.loaded
-        and input.device.type == "cpu"
+        _has_kernels(device)
         and tuple(weight.shape[2:]) == (3, 3)
         and stride == (1, 1)
         and groups == 1
@@ -276,7 +276,11 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
         call = planner.describe(
             "winograd_conv2d", input, weight, pads, dilation, stride=stride, groups=groups
         )
-        planner.require("cpu" if backend == "auto" else backend, call, algorithm)
+        planner.require(
+            (backends.of_device(device) or ("cpu",))[0] if backend == "auto" else backend,
+            call,
+            algorithm,
+        )
     if residual is not None and covered:
         size = ops.output_size(input, weight.shape[0], pads, dilation)
         covered = residual.dtype == dtype and tuple(residual.shape) == size
@@ -293,6 +297,14 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
             input, weight, bias, residual, pads, dilation, *choice, cache.token
         )
     return _ops.winograd_conv2d(input, weight, bias, residual, pads, dilation, *choice)
+
+
+def _has_kernels(device):
+    """Whether anything but PyTorch can run on a device here: what a traced graph depends on."""
+    if device == "cpu":
+        return native.loaded
+    probe = backends.Call("winograd_conv2d", 1, 8, 8, 8, 8, (1, 1), (1, 1), device=device)
+    return backends.covers(probe)
 
 
 def _outside(input, weight, bias, residual, arguments, strict):
@@ -376,13 +388,15 @@ def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backe
         or forward_ad._current_level >= 0
     ):
         return reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
-    if cache is not None and not gradients and backend in ("auto", "cpu"):
+    if cache is not None and not gradients:
         call = planner.describe(op, input, weight, padding, dilation)
         if autocasts(input):
             call = call._replace(dtype=get_autocast_dtype(call.device))
-        if backends.can_run("cpu", call, f"f{tile}") is None:
-            filter = cache.filter(weight, tile, packed=True)
+        kernel = ops.relu_kernel(call, tile, backend)
+        if kernel:
+            filter = cache.filter(weight, kernel)
             input = input.to(call.dtype)
-            k = weight.shape[0]
-            return ops.native_relu_forward(input, filter, bias, k, tile, padding, dilation)
+            return kernel.forward(
+                input, filter, bias, None, weight.shape[0], padding, dilation, False
+            )
     return _ops.winograd_relu_conv2d.default(*arguments)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pywino import _native as native
 from pywino.functional.winograd import run_conv2d, run_winograd_relu_conv2d
 from pywino.ops import winograd as ops
 from pywino.reference import winograd as reference
@@ -30,38 +29,37 @@ class FilterCache:
     `invalidate_` is for them."""
 
     def __init__(self):
-        # (tile, fast, instruction set) -> (weakref to the Parameter, stamp, filter).
+        # (kernel, instruction set) -> (weakref to the Parameter, stamp, filter).
         self.filters = {}
         self.constant = {}  # the same for a frozen layer -> filter
         self.token = None  # a frozen layer's name in `ops.frozen`
 
-    def filter(self, weight, tile, fast=False, packed=False):
-        """The filter of F(tile x tile, 3 x 3) that belongs to `weight`; packed: `weight` is in the
-        Winograd domain."""
+    def filter(self, weight, kernel):
+        """The filter of an `ops._kernels.Kernel` that belongs to `weight`."""
         # An inference tensor has no version, and a weight that is no Parameter is not the layer's
         # own (functional_call).
         if type(weight) is not nn.Parameter or weight.is_inference():
-            return _transformed(weight, tile, fast, packed)
-        key = tile, fast, native.host.isa()
+            return _transformed(weight, kernel)
+        key = kernel, kernel.stamp
         stamp = weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps
         kept = self.filters.get(key)
         if kept is not None and kept[0]() is weight and kept[1] == stamp:
             return kept[2]
         if kept is not None:
             self.filters.clear()  # those of other tiles are as old
-        filter = _transformed(weight, tile, fast, packed)
+        filter = _transformed(weight, kernel)
         if not weight.is_shared():  # another process may write it
             _watch_optimizers()
             self.filters[key] = weakref.ref(weight), stamp, filter
         return filter
 
-    def frozen_filter(self, weight, tile, fast=False, packed=False):
+    def frozen_filter(self, weight, kernel):
         """The filter of a frozen layer in a compiled graph, where `weight` is not the Parameter
         object."""
-        key = tile, fast, native.host.isa()
+        key = kernel, kernel.stamp
         filter = self.constant.get(key)
         if filter is None:
-            filter = self.constant[key] = _transformed(weight, tile, fast, packed)
+            filter = self.constant[key] = _transformed(weight, kernel)
         return filter
 
     def freeze(self):
@@ -80,11 +78,9 @@ class FilterCache:
         return FilterCache, ()
 
 
-def _transformed(weight, tile, fast, packed):
+def _transformed(weight, kernel):
     with torch.no_grad():
-        if packed:
-            return _ops._winograd_pack.default(weight, tile, False)
-        return _ops._winograd_filter.default(weight, tile, False, fast)
+        return kernel.filter(weight)
 
 
 def _watch_optimizers():

@@ -22,7 +22,8 @@ import weakref
 import torch
 
 from pywino import backends, planner
-from pywino.backends import TILES, Call
+from pywino.backends import Call
+from pywino.ops._kernels import kernel_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import winograd as reference
 
@@ -95,7 +96,7 @@ def _check_output(op, size):
 def _choose(
     op, input, n, c, h, w, k, padding, dilation, algorithm, backend, precision, cached=False
 ):
-    """The tile of F(m x m, 3 x 3) that runs this call, 0 for PyTorch's kernel."""
+    """The `Kernel` that runs this call, None for PyTorch's."""
     call = Call(
         op,
         n,
@@ -110,33 +111,28 @@ def _choose(
         input.device.type,
         precision,
         cached,
+        tf32=backends.allows_tf32(input),
     )
     key = (call, algorithm, backend, torch.get_num_threads())
-    tile = _routes.get(key)
-    if tile is None:
+    plan = _routes.get(key)
+    if plan is None:
         # In a graph "f4" means f4 where it can run: the caller has refused what must be refused.
-        if backend == "auto" and backends.can_run("cpu", call, algorithm) is not None:
+        if backend == "auto" and not backends.covers(call, algorithm):
             algorithm = "auto"
-        tile = planner.remember(_routes, key, planner.choose(call, algorithm, backend).tile)
-    return tile
+        if _lacks_gradient(backend, call, algorithm):
+            algorithm = backend = "auto"
+        plan = planner.remember(_routes, key, planner.choose(call, algorithm, backend))
+    return kernel_of(plan, call) if plan.tile else None
+
+
+def _lacks_gradient(backend, call, algorithm):
+    """Whether `backend`, which ran the forward, has no kernel for this gradient: then any has it."""
+    if backend in ("auto", "aten") or "_backward_" not in call.op:
+        return False
+    return backends.can_run(backend, call, algorithm) is not None
 
 
 # --- winograd_conv2d ---
-
-
-def native_forward(
-    input, filter, bias, residual, out_channels, tile, padding, dilation, relu, fast
-):
-    """`_winograd_forward` on tensors as they come: strides, bias and residual are made what the
-    kernel reads."""
-    input = _dense(input)
-    if bias is not None:
-        bias = bias.float().contiguous()
-    if residual is not None:
-        residual = residual.to(input.dtype).contiguous(memory_format=_format(input))
-    return _ops._winograd_forward.default(
-        input, filter, bias, residual, out_channels, tile, padding, dilation, relu, False, fast
-    )
 
 
 def _forward(
@@ -151,14 +147,13 @@ def _checked_forward(
     input, weight, bias, residual, padding, dilation, activation, algorithm, backend, precision
 ):
     k = weight.shape[0]
-    tile = _choose(
+    kernel = _choose(
         "winograd_conv2d", input, *input.shape, k, padding, dilation, algorithm, backend, precision
     )
     relu = activation == "relu"
-    if tile:
-        fast = backends.uses_fast_products(precision, tile)
-        filter = _ops._winograd_filter.default(weight, tile, False, fast)
-        return native_forward(input, filter, bias, residual, k, tile, padding, dilation, relu, fast)
+    if kernel:
+        filter = kernel.filter(weight)
+        return kernel.forward(input, filter, bias, residual, k, padding, dilation, relu)
     return aten_forward(input, weight, bias, residual, padding, dilation, relu)
 
 
@@ -187,12 +182,11 @@ def _backward_input(grad, weight, padding, dilation, algorithm, backend, precisi
     op = "winograd_conv2d_backward_input"
     k, c = weight.shape[:2]
     n, _, h, w = size = _input_size(grad, c, padding, dilation)
-    tile = _choose(op, grad, n, c, h, w, k, padding, dilation, algorithm, backend, precision)
-    if tile:
-        fast = backends.uses_fast_products(precision, tile)
-        filter = _ops._winograd_filter.default(weight, tile, True, fast)
+    kernel = _choose(op, grad, n, c, h, w, k, padding, dilation, algorithm, backend, precision)
+    if kernel:
+        filter = kernel.filter(weight, rotate=True)
         full = [2 * d - p for p, d in zip(padding, dilation)]
-        return native_forward(grad, filter, None, None, c, tile, full, dilation, False, fast)
+        return kernel.forward(grad, filter, None, None, c, full, dilation, False)
     grad = _dense(grad)
     input = grad.new_empty(1).expand(size)  # only its size is read
     gradient = torch.ops.aten.convolution_backward(
@@ -208,11 +202,11 @@ def _backward_input_fake(grad, weight, padding, dilation, algorithm, backend, pr
 def _backward_weight(grad, input, padding, dilation, algorithm, backend, precision):
     op = "winograd_conv2d_backward_weight"
     k, c = grad.shape[1], input.shape[1]
-    tile = _choose(op, input, *input.shape, k, padding, dilation, algorithm, backend, precision)
+    kernel = _choose(op, input, *input.shape, k, padding, dilation, algorithm, backend, precision)
     input = _dense(input)
     grad = grad.contiguous(memory_format=_format(input))
-    if tile:
-        return _ops._winograd_backward_weight.default(grad, input, tile, padding, dilation, False)
+    if kernel:
+        return kernel.weight_gradient(grad, input, padding, dilation)
     weight = grad.new_empty(1).expand(k, c, 3, 3)
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, (1, 1), padding, dilation, False, (0, 0), 1, (False, True, False)
@@ -352,7 +346,7 @@ def _frozen_forward(
     token,
 ):
     k = weight.shape[0]
-    tile = _choose(
+    kernel = _choose(
         "winograd_conv2d",
         input,
         *input.shape,
@@ -365,14 +359,12 @@ def _frozen_forward(
         True,
     )
     cache = frozen.get(token)
-    if not tile or cache is None:  # None: the graph runs in another process, or the layer is gone
+    if not kernel or cache is None:  # None: the graph runs in another process, or the layer is gone
         choice = (activation, algorithm, backend, precision)
         return _forward(input, weight, bias, residual, padding, dilation, *choice)
-    fast = backends.uses_fast_products(precision, tile)
-    filter = cache.frozen_filter(weight, tile, fast)
-    return native_forward(
-        input, filter, bias, residual, k, tile, padding, dilation, activation == "relu", fast
-    )
+    filter = cache.frozen_filter(weight, kernel)
+    relu = activation == "relu"
+    return kernel.forward(input, filter, bias, residual, k, padding, dilation, relu)
 
 
 def _frozen_forward_fake(*arguments):
@@ -391,35 +383,49 @@ autocast("_winograd_conv2d_frozen")
 # --- winograd_relu_conv2d ---
 
 
-def _runs_native(op, like, n, c, h, w, k, padding, dilation, tile, backend):
-    """Whether the native kernel runs this call; it has no counterpart in PyTorch, so there is
-    nothing to measure."""
-    if backend == "aten":
-        return False
+def _relu_kernel(op, like, n, c, h, w, k, padding, dilation, tile, backend):
+    """The `Kernel` that runs this call, None for the reference; PyTorch has no counterpart, so
+    there is nothing to measure."""
     call = Call(
-        op, n, c, h, w, k, tuple(padding), tuple(dilation), like.dtype, device=like.device.type
+        op,
+        n,
+        c,
+        h,
+        w,
+        k,
+        tuple(padding),
+        tuple(dilation),
+        like.dtype,
+        device=like.device.type,
+        tf32=backends.allows_tf32(like),
     )
-    if backend != "auto":
-        planner.require(backend, call, f"f{tile}")
-    return backends.can_run("cpu", call, f"f{tile}") is None
+    return relu_kernel(call, tile, backend)
 
 
-def native_relu_forward(input, filter, bias, out_channels, tile, padding, dilation):
-    """`_winograd_forward` of the Winograd-ReLU layer on tensors as they come."""
-    if bias is not None:
-        bias = bias.float().contiguous()
-    return _ops._winograd_forward.default(
-        _dense(input), filter, bias, None, out_channels, tile, padding, dilation, False, True, False
-    )
+def relu_kernel(call, tile, backend):
+    """The `Kernel` of a Winograd-ReLU call on its device, None for the reference."""
+    if backend == "aten":
+        return None
+    algorithm = f"f{tile}"
+    names = (backend,)
+    if backend == "auto" or _lacks_gradient(backend, call, algorithm):
+        names = backends.of_device(call.device)
+    else:
+        planner.require(backend, call, algorithm)
+    for name in names:
+        if backends.can_run(name, call, algorithm) is None:
+            return kernel_of(planner.Plan(name, algorithm), call)
+    return None
 
 
 def _relu_forward(input, weight, bias, padding, dilation, tile, backend):
     op = "winograd_relu_conv2d"
     _check(op, input, weight, padding, dilation, tile + 2)
     k = weight.shape[0]
-    if _runs_native(op, input, *input.shape, k, padding, dilation, tile, backend):
-        filter = _ops._winograd_pack.default(weight, tile, False)
-        return native_relu_forward(input, filter, bias, k, tile, padding, dilation)
+    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
+    if kernel:
+        filter = kernel.filter(weight)
+        return kernel.forward(input, filter, bias, None, k, padding, dilation, False)
     output = reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
     return output.contiguous(memory_format=_format(input))
 
@@ -434,11 +440,10 @@ def _relu_forward_fake(input, weight, bias, padding, dilation, tile, backend):
 def _relu_backward_input(grad, input, weight, padding, dilation, tile, backend):
     op = "winograd_relu_conv2d_backward_input"
     grad = grad.contiguous(memory_format=_format(input))
-    if _runs_native(op, input, *input.shape, weight.shape[0], padding, dilation, tile, backend):
-        filter = _ops._winograd_pack.default(weight, tile, True)
-        return _ops._winograd_relu_backward_input.default(
-            grad, _dense(input), filter, tile, padding, dilation
-        )
+    k = weight.shape[0]
+    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
+    if kernel:
+        return kernel.relu_input_gradient(grad, _dense(input), weight, padding, dilation)
     gradient = reference.winograd_relu_backward_input(grad, input, weight, padding, dilation, tile)
     return gradient.contiguous(memory_format=_format(input))
 
@@ -450,10 +455,10 @@ def _relu_backward_input_fake(grad, input, weight, padding, dilation, tile, back
 def _relu_backward_weight(grad, input, padding, dilation, tile, backend):
     op = "winograd_relu_conv2d_backward_weight"
     grad = grad.contiguous(memory_format=_format(input))
-    if _runs_native(op, input, *input.shape, grad.shape[1], padding, dilation, tile, backend):
-        return _ops._winograd_backward_weight.default(
-            grad, _dense(input), tile, padding, dilation, True
-        )
+    k = grad.shape[1]
+    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
+    if kernel:
+        return kernel.weight_gradient(grad, _dense(input), padding, dilation)
     return reference.winograd_relu_backward_weight(
         grad, input, padding, dilation, tile
     ).contiguous()
@@ -517,11 +522,11 @@ autocast("winograd_relu_conv2d")
 def _frozen_relu_forward(input, weight, bias, padding, dilation, tile, backend, token):
     op, k = "winograd_relu_conv2d", weight.shape[0]
     cache = frozen.get(token)
-    native = _runs_native(op, input, *input.shape, k, padding, dilation, tile, backend)
-    if not native or cache is None:
+    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
+    if not kernel or cache is None:
         return _relu_forward(input, weight, bias, padding, dilation, tile, backend)
-    filter = cache.frozen_filter(weight, tile, packed=True)
-    return native_relu_forward(input, filter, bias, k, tile, padding, dilation)
+    filter = cache.frozen_filter(weight, kernel)
+    return kernel.forward(input, filter, bias, None, k, padding, dilation, False)
 
 
 def _frozen_relu_forward_fake(*arguments):
@@ -641,7 +646,8 @@ def _tensors(call):
 
     def filled(size, last=call.channels_last):
         format = torch.channels_last if last else torch.contiguous_format
-        return torch.empty(size, dtype=call.dtype, memory_format=format).fill_(2.0**-8)
+        empty = torch.empty(size, dtype=call.dtype, device=call.device, memory_format=format)
+        return empty.fill_(2.0**-8)
 
     input = filled((call.n, call.c, call.h, call.w))
     grad = filled((call.n, call.k, *call.output_size))
@@ -652,18 +658,15 @@ def _run_forward(call):
     input, weight, _ = _tensors(call)
     k, geometry = call.k, (call.padding, call.dilation)
 
-    def run(algorithm):
-        if algorithm is None:
+    def run(name):
+        if name is None:
             return lambda: torch.conv2d(input, weight, None, 1, *geometry)
-        tile = TILES[algorithm]
-        fast = backends.uses_fast_products(call.precision, tile)
-        kept = _ops._winograd_filter.default(weight, tile, False, fast) if call.cached else None
+        kernel = kernel_of(planner.kernel_plan(name), call)
+        kept = kernel.filter(weight) if call.cached else None
 
         def once():
-            filter = kept
-            if filter is None:
-                filter = _ops._winograd_filter.default(weight, tile, False, fast)
-            return native_forward(input, filter, None, None, k, tile, *geometry, False, fast)
+            filter = kernel.filter(weight) if kept is None else kept
+            return kernel.forward(input, filter, None, None, k, *geometry, False)
 
         return once
 
@@ -677,8 +680,9 @@ def _run_backward(call):
     else:
         kernel, other = _backward_weight, input
 
-    def run(algorithm):
-        choice = ("auto", "aten") if algorithm is None else (algorithm, "auto")
+    def run(name):
+        plan = planner.PYTORCH if name is None else planner.kernel_plan(name)
+        choice = (plan.algorithm or "auto", plan.backend)
         return lambda: kernel(grad, other, call.padding, call.dilation, *choice, call.precision)
 
     return run

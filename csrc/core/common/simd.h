@@ -12,7 +12,8 @@
 #include <immintrin.h>
 #endif
 
-#define PYWINO_INLINE inline __attribute__((always_inline))
+#include "inline.h"
+
 #define PYWINO_UNROLL _Pragma("GCC unroll 64")
 #define PYWINO_ROLLED _Pragma("GCC unroll 1")
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The one-dimensional transforms of F(2,3), F(4,3) and F(6,3), by the Toom-Cook construction. A two-dimensional transform is
-// the one-dimensional one on the columns, then on the rows. T is `vec`, or double for the filters.
+// the one-dimensional one on the columns, then on the rows. T is `vec`, or double for the filters; on the GPU, `Channels`.
 //
 //   tile  points                       why these
 //   2     0, ±1, inf                   the only small choice
@@ -8,7 +8,7 @@
 //   6     0, ±1, ±2, ±1/2, inf         the best of the symmetric choices with exact products
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/inline.h"
 
 namespace pywino::winograd {
 namespace {

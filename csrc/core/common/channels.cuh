@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A few neighbouring channels of a pixel in one thread's registers, as the fp32 numbers that are computed with.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "inline.h"
+#include "launch.cuh"
+#include "ptx.cuh"
+
+namespace pywino {
+
+template <int V>
+struct Channels {
+  float x[V];
+
+  PYWINO_INLINE friend Channels operator+(Channels a, Channels b) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) a.x[i] += b.x[i];
+    return a;
+  }
+  PYWINO_INLINE friend Channels operator-(Channels a, Channels b) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) a.x[i] -= b.x[i];
+    return a;
+  }
+  PYWINO_INLINE friend Channels operator-(Channels a) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) a.x[i] = -a.x[i];
+    return a;
+  }
+  PYWINO_INLINE friend Channels operator*(float s, Channels a) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) a.x[i] *= s;
+    return a;
+  }
+};
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class E>
+__device__ inline E from_float(float x) {
+  if constexpr (std::is_same_v<E, __half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<E, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
+}
+
+// V elements that lie side by side, moved as one word.
+template <class E, int V>
+struct alignas(sizeof(E) * V) Pack {
+  E x[V];
+};
+
+template <class E, int V>
+__device__ inline Channels<V> load_channels(const E* p) {
+  const auto pack = ptx::load<Pack<E, V>>(p);
+  Channels<V> channels;
+#pragma unroll
+  for (int i = 0; i < V; ++i) channels.x[i] = to_float(pack.x[i]);
+  return channels;
+}
+
+template <class E, int V>
+__device__ inline void store_channels(E* p, Channels<V> channels) {
+  Pack<E, V> pack;
+#pragma unroll
+  for (int i = 0; i < V; ++i) pack.x[i] = from_float<E>(channels.x[i]);
+  ptx::store(p, pack);
+}
+
+}  // namespace pywino

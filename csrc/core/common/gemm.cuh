@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The mainloop of every dense product: one block computes BM x BN of D = A B^T on tensor cores (mma.sync, sm_80 and later).
+//
+//   A: rows of the output, B: its columns; both lie in memory with k innermost. A stage holds 128 bytes of k of each row:
+//
+//        shared memory, one stage          BM rows of A, then BN rows of B
+//        row r:  | chunk 0 ^ (r & 7) | 1 ^ (r & 7) | ... | 7 ^ (r & 7) |    eight chunks of 16 bytes
+//
+//   The exclusive or spreads the eight rows that one ldmatrix phase reads over all 32 banks. kStages stages are in flight:
+//   while the warps multiply one, cp.async fills the others. Where a row comes from is the caller's: `load(iteration, stage)`
+//   issues the copies, `write` hands the finished tile out in chunks of eight columns.
+//
+// Bytes and operations: a block reads (BM + BN) k elements for 2 BM BN k operations; at 128 x 128 in 16 bits that is 64
+// operations a byte, so with two blocks sharing an SM's L2 bandwidth the tensor cores stay the limit from k = 64 on.
+#pragma once
+
+#include <cstdint>
+
+#include "channels.cuh"
+#include "launch.cuh"
+#include "ptx.cuh"
+
+namespace pywino {
+
+// The instructions of one k-step, 32 bytes of k: what a 16 x 32-byte fragment of A and an 8 x 32-byte one of B give.
+// ldmatrix moves 16-byte rows and does not look inside them, so fragments of 16 halves and of 8 floats are loaded alike.
+struct MmaF16 {
+  using Element = __half;
+  static constexpr bool kSplit = false;
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    ptx::mma_m16n8k16_f16(d, a, b);
+  }
+};
+struct MmaBf16 {
+  using Element = __nv_bfloat16;
+  static constexpr bool kSplit = false;
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    ptx::mma_m16n8k16_bf16(d, a, b);
+  }
+};
+// fp32 numbers rounded to 10 mantissa bits.
+struct MmaTf32 {
+  using Element = float;
+  static constexpr bool kSplit = false;
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    uint32_t ra[4], rb[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ra[i] = ptx::to_tf32(__uint_as_float(a[i]));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rb[i] = ptx::to_tf32(__uint_as_float(b[i]));
+    ptx::mma_m16n8k8_tf32(d, ra, rb);
+  }
+};
+// fp32 numbers as the sum of two tf32 ones, a = high + low: a b = high high + (high low + low high) up to 2^-22.
+// Tensor cores drop bits when they add to a large sum, so each stage has sums of its own, added in fp32.
+struct MmaTf32x3 {
+  using Element = float;
+  static constexpr bool kSplit = true;
+  __device__ static void split(uint32_t bits, uint32_t& high, uint32_t& low) {
+    const float x = __uint_as_float(bits);
+    high = ptx::to_tf32(x);
+    low = ptx::to_tf32(x - __uint_as_float(high));
+  }
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    uint32_t ah[4], al[4], bh[2], bl[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split(a[i], ah[i], al[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) split(b[i], bh[i], bl[i]);
+    ptx::mma_m16n8k8_tf32(d, al, bh);
+    ptx::mma_m16n8k8_tf32(d, ah, bl);
+    ptx::mma_m16n8k8_tf32(d, ah, bh);
+  }
+};
+
+template <class Mma, int kBlockM, int kBlockN, int kWarpsM, int kWarpsN, int kStages_ = 3>
+struct Gemm {
+  using Element = typename Mma::Element;
+  static constexpr int BM = kBlockM, BN = kBlockN, kStages = kStages_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  // Two blocks hide each other's barriers and epilogues; split products need the registers of both.
+  static constexpr int kBlocksPerSm = Mma::kSplit ? 1 : 2;
+  static constexpr int kRowBytes = 128;
+  static constexpr int BK = kRowBytes / int(sizeof(Element));
+  static constexpr int kStageBytes = (BM + BN) * kRowBytes;
+  // The finished tile passes through the stages' memory; eight floats of padding spread a fragment's rows over the banks.
+  static constexpr int kPitch = BN + 8;
+  static constexpr int kTileBytes = BM * kPitch * int(sizeof(float));
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > kTileBytes ? kStages * kStageBytes : kTileBytes;
+  static constexpr int kWarpM = BM / kWarpsM, kWarpN = BN / kWarpsN;
+  static constexpr int FM = kWarpM / 16, FN = kWarpN / 8;  // fragments of a warp
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kThreads % 8 == 0);
+  static_assert(BM * 8 % kThreads == 0 && BN * 8 % kThreads == 0);
+
+  float sum[FM][FN][4] = {};
+
+  // Byte offset of 16-byte chunk `chunk` of row `row`, from the stage's first row of A or of B.
+  __device__ static uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
+  // One operand's chunk that this thread copies in step i: 8 threads a row.
+  __device__ static int row_of(int i) { return int(threadIdx.x) / 8 + i * (kThreads / 8); }
+  __device__ static int chunk_of() { return int(threadIdx.x) % 8; }
+
+  // load(iteration, stage address) issues the cp.async copies of one stage: A's rows first, B's at stage + BM * kRowBytes.
+  template <class Load>
+  __device__ void run(uint32_t shared, int iterations, Load&& load) {
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < iterations) load(s, shared + s * kStageBytes);
+      ptx::cp_async_commit_group();
+    }
+    for (int it = 0; it < iterations; ++it) {
+      ptx::cp_async_wait_group<kStages - 2>();
+      __syncthreads();  // stage `it` is there for all, and all have left the one that is filled next
+      const int next = it + kStages - 1;
+      if (next < iterations) load(next, shared + next % kStages * kStageBytes);
+      ptx::cp_async_commit_group();
+      multiply(shared + it % kStages * kStageBytes);
+    }
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // nobody reads the stages any more: `write` may use them
+  }
+
+  __device__ void multiply(uint32_t stage) {
+    if constexpr (Mma::kSplit) {
+      float part[FM][FN][4] = {};
+      multiply_into(part, stage);
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+#pragma unroll
+        for (int j = 0; j < FN; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][j][e] += part[i][j][e];
+    } else {
+      multiply_into(sum, stage);
+    }
+  }
+
+  __device__ void multiply_into(float (&d)[FM][FN][4], uint32_t stage) {
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int m = warp % kWarpsM * kWarpM, n = warp / kWarpsM * kWarpN;
+#pragma unroll
+    for (int step = 0; step < kRowBytes / 32; ++step) {
+      uint32_t a[FM][4], b[FN / 2][4];
+      // a[i]: matrices (rows 0-7, 8-15) x (bytes 0-15, 16-31). b[j]: two fragments, each (bytes 0-15, 16-31) of 8 columns.
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+        ptx::ldmatrix_x4(a[i], stage + offset(m + i * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+      for (int j = 0; j < FN / 2; ++j)
+        ptx::ldmatrix_x4(
+            b[j], stage + BM * kRowBytes +
+                      offset(n + j * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+#pragma unroll
+        for (int j = 0; j < FN; ++j) Mma::multiply(d[i][j], a[i], &b[j / 2][j % 2 * 2]);
+    }
+  }
+
+  // store(row, column, eight sums) for the whole tile, neighbouring threads on neighbouring columns.
+  template <class Store>
+  __device__ void write(float* tile, Store&& store) {
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int m = warp % kWarpsM * kWarpM + lane / 4;
+    const int n = warp / kWarpsM * kWarpN + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < FM; ++i)
+#pragma unroll
+      for (int j = 0; j < FN; ++j) {
+        float* p = tile + (m + i * 16) * kPitch + n + j * 8;
+        store_channels(p, Channels<2>{{sum[i][j][0], sum[i][j][1]}});
+        store_channels(p + 8 * kPitch, Channels<2>{{sum[i][j][2], sum[i][j][3]}});
+      }
+    __syncthreads();
+    for (int e = int(threadIdx.x); e < BM * BN / 8; e += kThreads) {
+      const int row = e / (BN / 8), column = e % (BN / 8) * 8;
+      const float* p = tile + row * kPitch + column;
+      const Channels<4> low = load_channels<float, 4>(p), high = load_channels<float, 4>(p + 4);
+      Channels<8> sums;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums.x[i] = low.x[i];
+        sums.x[i + 4] = high.x[i];
+      }
+      store(row, column, sums);
+    }
+  }
+};
+
+}  // namespace pywino

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Winograd convolution on NVIDIA GPUs, in three stages that meet in a workspace, and the direct convolution beside it.
+// Raw device pointers and a stream, no torch; a C++ compiler without CUDA can read this file.
+//
+//   input transform   V[tap][tile][C']  = B^T d B          one warp (or several) a tile
+//   product           M[tap][tile][K']  = V U^T            tensor cores, one product a tap
+//   output transform  Y                 = A^T M A + bias + residual, ReLU
+//
+// C' and K' are C and K rounded up to 16-byte rows, the rest zero.
+#pragma once
+
+#include <cstdint>
+
+#include "winograd.h"
+
+namespace pywino::winograd::cuda {
+
+// The numbers in V, U and M.
+//   f16   half precision with a power of two for each tile of V and each filter of U, so that both are at most 1 and no sum
+//         of C products can overflow; summed in fp32. For 16-bit tensors, and fp32 ones where TF32 is allowed: its ten
+//         mantissa bits are TF32's.
+//   f32   single precision, products by 3xTF32: for fp32 tensors.
+enum class Domain : int { f16, f32 };
+
+// Where tiles lie. A convolution of dilation d is d x d interleaved ones (phases): output row o = d (m t + i) + phase is
+// row i of tile row t. Tiles are numbered image by image, phase by phase, row by row.
+struct Tiles {
+  int size;                // m
+  int phases_h, phases_w;  // min(d, output size): a phase beyond has no output
+  int rows, columns;       // of tiles in one phase, the largest one
+  int dil_h, dil_w;
+  int64_t count;  // over the whole batch
+};
+
+// A dense 4-d tensor, strides in elements.
+struct TensorMap {
+  int64_t n, c, h, w;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+struct InputTransform {
+  Tiles tiles;
+  TensorMap map;
+  int64_t first, count;  // the tiles of this launch
+  int64_t channels;      // C'
+  int pad_h, pad_w;
+  DType dtype;
+  Domain domain;
+  bool relu;  // on V: the Winograd-ReLU layer
+  const void* input;
+  void* v;
+  float* scale;  // count powers of two that undo the tiles' scaling; unused by Domain::f32
+};
+
+struct Product {
+  int64_t tiles, channels, out_channels;  // count, C', K'
+  int taps;
+  Domain domain;
+  const void* v;
+  const void* u;
+  void* m;
+};
+
+struct OutputTransform {
+  Tiles tiles;
+  TensorMap map;  // of the output
+  int64_t first, count;
+  int64_t channels;  // K'
+  DType dtype;
+  Domain domain;
+  bool relu;
+  const void* m;
+  const float* tile_scale;    // of InputTransform
+  const float* filter_scale;  // K powers of two
+  const float* bias;          // K, or nullptr
+  const void* residual;       // like the output, or nullptr
+  void* output;
+};
+
+// U[tap][K'][C'] from K x C kernels of any strides. For the direct kernel (tile 1) the taps are the nine of the kernel
+// itself, in the element type that its products have.
+struct FilterTransform {
+  const void* weight;
+  DType dtype;
+  int64_t out_channels, in_channels;               // of U: after the exchange where `rotate`
+  int64_t stride_k, stride_c, stride_h, stride_w;  // of the weight, k and c after the exchange
+  int64_t padded_out, padded_in;                   // K', C'
+  int tile;                                        // m, or 1: no transform
+  bool rotate;                                     // turn spatial kernels by 180 degrees
+  bool spatial;   // 3 x 3 kernels; else a x a, already in the Winograd domain
+  DType element;  // f16: scaled by filter; f32; bf16 for the direct kernel alone
+  void* u;
+  float* scale;  // K, or nullptr: no scaling
+};
+
+// y = act(conv(x, w) + bias + residual), stride 1, 3 x 3, as one product over the nine taps. channels_last tensors whose
+// rows of C elements are multiples of 16 bytes.
+struct Direct {
+  int64_t n, h, w, c, out_h, out_w, k;
+  int64_t padded_out;  // K'
+  int pad_h, pad_w, dil_h, dil_w;
+  DType dtype;
+  bool strict;  // fp32: 3xTF32 instead of TF32
+  bool relu;
+  const void* input;
+  const void* u;  // [9][K'][C], FilterTransform with tile 1
+  const float* bias;
+  const void* residual;
+  void* output;
+};
+
+inline bool has_tile(int64_t tile) { return tile == 2 || tile == 4 || tile == 6; }
+// Rows of V, U and M are whole 16-byte chunks.
+inline int64_t padded(int64_t channels) { return (channels + 7) / 8 * 8; }
+inline int64_t element_size(Domain domain) { return domain == Domain::f16 ? 2 : 4; }
+
+PYWINO_API Tiles tiles_of(const Geometry&);
+// Bytes of workspace for `count` tiles.
+PYWINO_API int64_t workspace_bytes(const Geometry&, Domain, int64_t count);
+// Tiles that a launch takes at once so that the workspace stays within `limit` bytes; 0 where not even the least one fits.
+PYWINO_API int64_t tiles_within(const Geometry&, Domain, int64_t limit);
+
+struct Forward {
+  Geometry geometry;
+  Domain domain;
+  bool relu, winograd_relu;
+  const void* input;
+  const void* filter;         // U
+  const float* filter_scale;  // Domain::f16
+  const float* bias;
+  const void* residual;
+  void* output;
+  void* workspace;
+  int64_t chunk;  // tiles_within()
+};
+
+// Each returns a cudaError_t, 0 where the launch went well.
+PYWINO_API int forward(const Forward&, void* stream);
+extern "C" {
+PYWINO_API int pywino_winograd_input_transform(const InputTransform*, void* stream);
+PYWINO_API int pywino_winograd_product(const Product*, void* stream);
+PYWINO_API int pywino_winograd_output_transform(const OutputTransform*, void* stream);
+PYWINO_API int pywino_winograd_filter_transform(const FilterTransform*, void* stream);
+PYWINO_API int pywino_winograd_direct(const Direct*, void* stream);
+PYWINO_API const char* pywino_cuda_error(int error);
+}
+
+}  // namespace pywino::winograd::cuda

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The middle stage of the Winograd convolution: for each tap, M = V U^T on tensor cores.
+//
+// Operations: 2 C K a tile and tap, so a^2 / (9 m^2) of the direct convolution's (F4: a quarter). Bytes: V read once from
+// memory when the blocks that share its rows run side by side (columns innermost in the block order), U from L2.
+#include "../common/gemm.cuh"
+#include "../common/launch.cuh"
+#include "cuda.h"
+
+namespace pywino::winograd::cuda {
+namespace {
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) product(Product p) {
+  using E = typename G::Element;
+  PYWINO_DYNAMIC_SHARED(unsigned char, shared);
+  const uint32_t stages = ptx::shared_address(shared);
+
+  const int64_t blocks_n = (p.out_channels + G::BN - 1) / G::BN;
+  const int64_t blocks_m = (p.tiles + G::BM - 1) / G::BM;
+  const int64_t n0 = blockIdx.x % blocks_n * G::BN;
+  const int64_t m0 = blockIdx.x / blocks_n % blocks_m * G::BM;
+  const int64_t tap = blockIdx.x / blocks_n / blocks_m;
+  const E* v = static_cast<const E*>(p.v) + (tap * p.tiles + m0) * p.channels;
+  const E* u = static_cast<const E*>(p.u) + (tap * p.out_channels + n0) * p.channels;
+
+  // Rows that do not exist, and k beyond C', are filled with zeros; the address must be a good one all the same.
+  const auto copy = [&](uint32_t to, const E* from, int64_t rows, int row, int64_t k) {
+    const bool exists = row < rows && k < p.channels;
+    ptx::cp_async_16(to + G::offset(row, G::chunk_of()),
+                     exists ? from + row * p.channels + k : from, exists ? 16 : 0);
+  };
+  G gemm;
+  gemm.run(stages, int((p.channels + G::BK - 1) / G::BK), [&](int iteration, uint32_t stage) {
+    const int64_t k = int64_t(iteration) * G::BK + G::chunk_of() * (16 / int(sizeof(E)));
+#pragma unroll
+    for (int i = 0; i < G::BM * 8 / G::kThreads; ++i) copy(stage, v, p.tiles - m0, G::row_of(i), k);
+#pragma unroll
+    for (int i = 0; i < G::BN * 8 / G::kThreads; ++i)
+      copy(stage + G::BM * G::kRowBytes, u, p.out_channels - n0, G::row_of(i), k);
+  });
+
+  E* m = static_cast<E*>(p.m) + (tap * p.tiles + m0) * p.out_channels + n0;
+  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, const Channels<8>& sums) {
+    if (m0 + row >= p.tiles || n0 + column >= p.out_channels) return;
+    E* to = m + row * p.out_channels + column;
+    if constexpr (sizeof(E) == 2) {
+      store_channels<E, 8>(to, sums);
+    } else {
+      store_channels<E, 4>(to, {{sums.x[0], sums.x[1], sums.x[2], sums.x[3]}});
+      store_channels<E, 4>(to + 4, {{sums.x[4], sums.x[5], sums.x[6], sums.x[7]}});
+    }
+  });
+}
+
+template <class G>
+int launch(const Product& p, void* stream) {
+  const int64_t blocks = (p.out_channels + G::BN - 1) / G::BN * ((p.tiles + G::BM - 1) / G::BM);
+  if (const auto error =
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(product<G>),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes))
+    return int(error);
+  PYWINO_LAUNCH((product<G>), dim3(unsigned(blocks * p.taps)), dim3(G::kThreads), G::kSharedBytes,
+                static_cast<cudaStream_t>(stream), p);
+  return int(cudaGetLastError());
+}
+
+// 128 x 128 where there is enough work for it, narrower blocks for few channels, small ones for few tiles.
+template <class Mma>
+int launch_for(const Product& p, void* stream) {
+  const int64_t large = p.taps * ((p.tiles + 127) / 128) * ((p.out_channels + 127) / 128);
+  if (large < 128 || p.tiles <= 64) return launch<Gemm<Mma, 64, 64, 2, 2>>(p, stream);
+  if (p.out_channels <= 64) return launch<Gemm<Mma, 128, 64, 4, 2>>(p, stream);
+  return launch<Gemm<Mma, 128, 128, 2, 4>>(p, stream);
+}
+
+}  // namespace
+
+extern "C" int pywino_winograd_product(const Product* p, void* stream) {
+  return p->domain == Domain::f16 ? launch_for<MmaF16>(*p, stream)
+                                  : launch_for<MmaTf32x3>(*p, stream);
+}
+
+}  // namespace pywino::winograd::cuda

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CUDA kernels as torch ops: unpack, check, allocate, launch on the current stream of the tensors' device. No CUDA header:
+// this file compiles, and the library loads, on a machine without a GPU. pywino/ops/_winograd_cuda.py has schemas and fakes.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "core/winograd/cuda.h"
+#include "tensor.h"
+
+// The tests register the same binding over emulated kernels, which read CPU tensors.
+#ifndef PYWINO_CUDA_KEY
+#define PYWINO_CUDA_KEY CUDA
+#endif
+
+// Not there in a torch without CUDA, where nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace pywino {
+namespace {
+
+namespace cuda = winograd::cuda;
+using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Makes a tensor's device the current one, and knows its stream.
+class Launch {
+ public:
+  Launch(const Tensor& tensor, const char* op) : op_(op) {
+    if (!tensor.is_cuda()) return;
+    guard_.emplace(tensor.get_device_index());
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+  void check(int error) const {
+    STD_TORCH_CHECK(error == 0, op_, ": the kernel did not start: ", cuda::pywino_cuda_error(error),
+                    ". If no kernel image fits the device, build pywino with its architecture in "
+                    "TORCH_CUDA_ARCH_LIST; backend=\"aten\" runs PyTorch's kernel");
+  }
+
+ private:
+  const char* op_;
+  void* stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+Tensor empty_like(const Tensor& like, IntArray size, ScalarType dtype, bool channels_last) {
+  return torch::stable::empty(
+      size, dtype, std::nullopt, like.device(), std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+void check_same_device(const Tensor& a, const Tensor& b, const char* op, const char* name) {
+  STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op,
+                  ": ", name, " must be on input's device");
+}
+
+winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_t tile,
+                               IntArray padding, IntArray dilation, const char* op) {
+  check_dense(input, op, "input");
+  STD_TORCH_CHECK(padding.size() == 2 && dilation.size() == 2 && padding[0] >= 0 &&
+                      padding[1] >= 0 && dilation[0] >= 1 && dilation[1] >= 1,
+                  op, ": padding must be two numbers >= 0, dilation two >= 1");
+  winograd::Geometry g;
+  g.input = {input.size(0), input.size(1), input.size(2), input.size(3)};
+  g.out_channels = out_channels;
+  g.pad_h = padding[0];
+  g.pad_w = padding[1];
+  g.dil_h = dilation[0];
+  g.dil_w = dilation[1];
+  g.tile = int(tile);
+  g.channels_last = is_channels_last(input);
+  g.dtype = dtype_of(input, op, "input");
+  STD_TORCH_CHECK(
+      g.input.n > 0 && g.input.c > 0 && out_channels > 0 && g.out_h() > 0 && g.out_w() > 0, op,
+      ": the call is empty");
+  return g;
+}
+
+// bias and residual as the kernels read them, alive as long as the launch.
+struct Epilogue {
+  std::optional<Tensor> bias;
+  const float* bias_data = nullptr;
+  const void* residual_data = nullptr;
+
+  Epilogue(const Tensor& output, const std::optional<Tensor>& bias_,
+           const std::optional<Tensor>& residual, const char* op) {
+    if (bias_) {
+      STD_TORCH_CHECK(bias_->dim() == 1 && bias_->numel() == output.size(1), op, ": bias must be ",
+                      output.size(1), " numbers");
+      check_same_device(output, *bias_, op, "bias");
+      bias = torch::stable::contiguous(bias_->scalar_type() == ScalarType::Float
+                                           ? *bias_
+                                           : torch::stable::to(*bias_, ScalarType::Float));
+      bias_data = static_cast<const float*>(bias->const_data_ptr());
+    }
+    if (residual) {
+      STD_TORCH_CHECK(residual->scalar_type() == output.scalar_type() && residual->dim() == 4, op,
+                      ": residual must be like the output");
+      check_same_device(output, *residual, op, "residual");
+      for (int d = 0; d < 4; ++d)
+        STD_TORCH_CHECK(residual->size(d) == output.size(d) &&
+                            (output.size(d) == 1 || residual->stride(d) == output.stride(d)),
+                        op, ": residual must have the output's size and strides");
+      residual_data = residual->const_data_ptr();
+    }
+  }
+};
+
+// U[tap][K'][C'] and a power of two for each filter (all ones where the domain has no scales). tile 1: the nine taps
+// themselves, in the weight's dtype, for the direct kernel.
+std::tuple<Tensor, Tensor> filter(const Tensor& weight, int64_t tile, bool strict, bool rotate,
+                                  bool spatial) {
+  constexpr const char* op = "pywino::_winograd_cuda_filter";
+  STD_TORCH_CHECK(tile == 1 || cuda::has_tile(tile), op, ": tile must be 1, 2, 4 or 6, got ", tile);
+  const int64_t size = tile == 1 || spatial ? 3 : tile + 2;
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && weight.size(3) == size, op,
+                  ": weight must be (K, C, ", size, ", ", size, ")");
+  const Launch launch(weight, op);
+  cuda::FilterTransform p{};
+  p.weight = weight.const_data_ptr();
+  p.dtype = dtype_of(weight, op, "weight");
+  p.out_channels = weight.size(rotate ? 1 : 0);
+  p.in_channels = weight.size(rotate ? 0 : 1);
+  p.stride_k = weight.stride(rotate ? 1 : 0);
+  p.stride_c = weight.stride(rotate ? 0 : 1);
+  p.stride_h = weight.stride(2);
+  p.stride_w = weight.stride(3);
+  p.padded_out = cuda::padded(p.out_channels);
+  p.padded_in = tile == 1 ? p.in_channels : cuda::padded(p.in_channels);
+  p.tile = int(tile);
+  p.rotate = rotate;
+  p.spatial = spatial;
+  p.element = tile == 1 ? p.dtype : strict ? DType::f32 : DType::f16;
+  const int64_t taps = tile == 1 ? 9 : (tile + 2) * (tile + 2);
+  const ScalarType element = tile == 1 ? weight.scalar_type()
+                             : strict  ? ScalarType::Float
+                                       : ScalarType::Half;
+  Tensor u = empty_like(weight, {taps, p.padded_out, p.padded_in}, element, false);
+  Tensor scale =
+      torch::stable::fill_(empty_like(weight, {p.out_channels}, ScalarType::Float, false), 1.0);
+  p.u = u.mutable_data_ptr();
+  p.scale = tile == 1 || strict ? nullptr : static_cast<float*>(scale.mutable_data_ptr());
+  launch.check(cuda::pywino_winograd_filter_transform(&p, launch.stream()));
+  return {u, scale};
+}
+
+Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+               int64_t out_channels, int64_t tile, IntArray padding, IntArray dilation, bool relu,
+               bool winograd_relu, bool strict, int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_forward";
+  STD_TORCH_CHECK(cuda::has_tile(tile), op, ": tile must be 2, 4 or 6, got ", tile);
+  cuda::Forward p{};
+  p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
+  const int64_t taps = (tile + 2) * (tile + 2);
+  STD_TORCH_CHECK(filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
+                      filter.is_contiguous() && scale.scalar_type() == ScalarType::Float &&
+                      scale.numel() == out_channels &&
+                      filter.numel() == taps * cuda::padded(out_channels) * cuda::padded(g.input.c),
+                  op,
+                  ": the filter was made for other channels, another tile or another precision");
+  check_same_device(input, filter, op, "filter");
+  check_same_device(input, scale, op, "scale");
+  p.chunk = cuda::tiles_within(g, p.domain, workspace_limit);
+  const int64_t least =
+      cuda::workspace_bytes(g, p.domain, std::min<int64_t>(128, cuda::tiles_of(g).count));
+  STD_TORCH_CHECK(p.chunk > 0, op, ": workspace_limit must be at least ", least,
+                  " bytes for this call, got ", workspace_limit,
+                  "; raise it, or take another algorithm");
+  const Launch launch(input, op);
+  Tensor workspace =
+      empty_like(input, {cuda::workspace_bytes(g, p.domain, p.chunk)}, ScalarType::Byte, false);
+  Tensor output = empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()},
+                             input.scalar_type(), g.channels_last);
+  const Epilogue epilogue(output, bias, residual, op);
+  p.relu = relu;
+  p.winograd_relu = winograd_relu;
+  p.input = input.const_data_ptr();
+  p.filter = filter.const_data_ptr();
+  p.filter_scale = static_cast<const float*>(scale.const_data_ptr());
+  p.bias = epilogue.bias_data;
+  p.residual = epilogue.residual_data;
+  p.output = output.mutable_data_ptr();
+  p.workspace = workspace.mutable_data_ptr();
+  launch.check(cuda::forward(p, launch.stream()));
+  return output;
+}
+
+Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& residual, int64_t out_channels, IntArray padding,
+              IntArray dilation, bool relu, bool strict) {
+  constexpr const char* op = "pywino::_winograd_cuda_direct";
+  const winograd::Geometry g = geometry_of(input, out_channels, 2, padding, dilation, op);
+  STD_TORCH_CHECK(is_channels_last(input) ||
+                      (input.is_contiguous() && (g.input.c == 1 || g.input.h * g.input.w == 1)),
+                  op, ": input must be channels_last");
+  const int64_t bytes = g.input.c * int64_t(input.element_size());
+  STD_TORCH_CHECK(bytes % 16 == 0, op, ": a pixel's channels must be a multiple of 16 bytes, got ",
+                  bytes);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0, op,
+                  ": input must begin at a multiple of 16 bytes; clone it");
+  STD_TORCH_CHECK(g.input.n * g.input.h * g.input.w < (int64_t(1) << 31) &&
+                      g.input.n * g.out_h() * g.out_w() < (int64_t(1) << 31),
+                  op, ": input and output must have less than 2^31 pixels");
+  STD_TORCH_CHECK(filter.scalar_type() == input.scalar_type() && filter.is_contiguous() &&
+                      filter.numel() == 9 * cuda::padded(out_channels) * g.input.c,
+                  op, ": the filter was made for other channels, another dtype or an algorithm");
+  check_same_device(input, filter, op, "filter");
+  const Launch launch(input, op);
+  Tensor output =
+      empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()}, input.scalar_type(), true);
+  const Epilogue epilogue(output, bias, residual, op);
+  cuda::Direct p{};
+  p.n = g.input.n;
+  p.h = g.input.h;
+  p.w = g.input.w;
+  p.c = g.input.c;
+  p.out_h = g.out_h();
+  p.out_w = g.out_w();
+  p.k = out_channels;
+  p.padded_out = cuda::padded(out_channels);
+  p.pad_h = int(g.pad_h);
+  p.pad_w = int(g.pad_w);
+  p.dil_h = int(g.dil_h);
+  p.dil_w = int(g.dil_w);
+  p.dtype = g.dtype;
+  p.strict = strict;
+  p.relu = relu;
+  p.input = input.const_data_ptr();
+  p.u = filter.const_data_ptr();
+  p.bias = epilogue.bias_data;
+  p.residual = epilogue.residual_data;
+  p.output = output.mutable_data_ptr();
+  launch.check(cuda::pywino_winograd_direct(&p, launch.stream()));
+  return output;
+}
+
+}  // namespace
+}  // namespace pywino
+
+STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
+  m.impl("_winograd_cuda_filter", TORCH_BOX(&pywino::filter));
+  m.impl("_winograd_cuda_forward", TORCH_BOX(&pywino::forward));
+  m.impl("_winograd_cuda_direct", TORCH_BOX(&pywino::direct));
+}

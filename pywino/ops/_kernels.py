@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The native Winograd kernels of every backend behind one interface: how a filter is made, and how
+a convolution runs with it."""
+
+import importlib
+from typing import NamedTuple
+
+import torch
+
+from pywino import _native as native
+from pywino import backends
+from pywino.ops import _winograd_cuda
+
+_ops = torch.ops.pywino
+
+
+class Kernel(NamedTuple):
+    """What runs a call; filters of equal kernels are alike, as long as the CPU's instruction set
+    stays."""
+
+    backend: str  # "cpu" | "cuda" | "triton"
+    tile: int  # m of F(m x m, 3 x 3), 1 for the direct convolution
+    # "cpu": products in bf16. "cuda" and "triton": fp32 throughout (3xTF32), no fp16 inside.
+    mode: bool
+    winograd_relu: bool = False  # the weight is in the Winograd domain, and V goes through a ReLU
+
+    def filter(self, weight, rotate=False):
+        """The packed filter of a weight; `rotate`: of the input gradient."""
+        if self.backend == "cpu":
+            if self.winograd_relu:
+                return _ops._winograd_pack.default(weight, self.tile, rotate)
+            return _ops._winograd_filter.default(weight, self.tile, rotate, self.mode)
+        if self.backend == "cuda":
+            return _winograd_cuda.transform_filter(
+                weight, self.tile, self.mode, rotate, not self.winograd_relu
+            )
+        return _triton().transform_filter(
+            weight, self.tile, self._domain, rotate, not self.winograd_relu
+        )
+
+    def forward(self, input, filter, bias, residual, out_channels, padding, dilation, relu):
+        """act(conv + bias + residual) of tensors as they come: strides, bias and residual are made
+        what the kernels read. channels_last iff `input` is."""
+        channels_last = backends.is_channels_last(input)
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        if not channels_last:
+            input = input.contiguous()
+        if bias is not None:
+            bias = bias.float().contiguous()
+        if residual is not None:
+            residual = residual.to(input.dtype).contiguous(memory_format=format)
+        arguments = (input, filter, bias, residual, out_channels, self.tile, padding, dilation)
+        if self.backend == "cpu":
+            return _ops._winograd_forward.default(*arguments, relu, self.winograd_relu, self.mode)
+        if self.backend == "cuda":
+            return _winograd_cuda.forward(*arguments, relu, self.mode, self.winograd_relu)
+        u, scale = filter
+        arguments = (input, u, scale, *arguments[2:])
+        return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
+
+    def weight_gradient(self, grad, input, padding, dilation):
+        """The gradient by the weight, of dense tensors of one layout; not by "cuda"."""
+        arguments = (grad, input, self.tile, padding, dilation, self.winograd_relu)
+        if self.backend == "cpu":
+            return _ops._winograd_backward_weight.default(*arguments)
+        return _triton().weight_gradient(*arguments, self._domain)
+
+    def relu_input_gradient(self, grad, input, weight, padding, dilation):
+        """The gradient of the Winograd-ReLU layer by its input; not by "cuda"."""
+        filter = self.filter(weight, rotate=True)
+        if self.backend == "cpu":
+            return _ops._winograd_relu_backward_input.default(
+                grad, input, filter, self.tile, padding, dilation
+            )
+        return _triton().relu_input_gradient(
+            grad, input, *filter, self.tile, padding, dilation, self._domain
+        )
+
+    @property
+    def _domain(self):
+        return "f32" if self.mode else "f16"
+
+    @property
+    def stamp(self):
+        """What else a filter depends on."""
+        return native.host.isa() if self.backend == "cpu" else None
+
+
+def _triton():
+    return importlib.import_module("pywino.kernels.winograd")
+
+
+def kernel_of(plan, call):
+    """The `Kernel` of a `planner.Plan` that is not PyTorch's."""
+    if plan.backend == "cpu":
+        mode = backends.uses_fast_products(call.precision, plan.tile)
+    else:
+        mode = backends.is_strict(call, plan.algorithm)
+    return Kernel(plan.backend, plan.tile, mode, call.op.startswith("winograd_relu_conv2d"))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What test_binding.py runs: the ops of a library whose CUDA kernels are emulated."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
+torch.ops.load_library(sys.argv[1])
+
+from pywino.ops._kernels import Kernel  # noqa: E402
+from pywino.reference import winograd as reference  # noqa: E402
+
+ops = torch.ops.pywino
+channels_last = torch.channels_last
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def refuses(match, function, *arguments):
+    with pytest.raises(RuntimeError, match=match):
+        function(*arguments)
+
+
+def check_forward(tile, strict, dtype, bound, last, n=2, c=24, h=11, w=9, k=20, d=1):
+    torch.manual_seed(tile + d)
+    x = torch.randn(n, c, h, w).to(dtype)
+    weight = (torch.randn(k, c, 3, 3) / (9 * c) ** 0.5).to(dtype)
+    bias = torch.randn(k).to(dtype)
+    residual = torch.randn(n, k, h, w).to(dtype)  # of another layout than the input's
+    x = x.contiguous(memory_format=channels_last) if last else x
+    kernel = Kernel("cuda", tile, strict)
+    y = kernel.forward(x, kernel.filter(weight), bias, residual, k, (d, d), (d, d), True)
+    expected = torch.conv2d(x.double(), weight.double(), bias.double(), 1, d, d)
+    expected = (expected + residual.double()).relu()
+    assert error(y, expected) <= bound, (tile, strict, dtype, error(y, expected))
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=channels_last) == last
+
+    # The input gradient is the same kernel with the turned filter.
+    grad = torch.randn_like(y)
+    grad = grad.contiguous(memory_format=channels_last) if last else grad.contiguous()
+    turned = kernel.filter(weight, rotate=True)
+    gradient = kernel.forward(grad, turned, None, None, c, (d, d), (d, d), False)
+    expected = torch.nn.grad.conv2d_input(
+        x.shape, weight.double(), grad.double(), padding=d, dilation=d
+    )
+    assert error(gradient, expected) <= bound, (tile, strict, dtype, error(gradient, expected))
+
+
+def check_winograd_relu():
+    x, weight, bias = torch.randn(2, 10, 9, 8), torch.randn(12, 10, 6, 6), torch.randn(12)
+    kernel = Kernel("cuda", 4, True, winograd_relu=True)
+    y = kernel.forward(x, kernel.filter(weight), bias, None, 12, (1, 1), (1, 1), False)
+    expected = reference.winograd_relu_conv2d(
+        x.double(), weight.double(), bias.double(), 1, 1, tile=4
+    )
+    assert error(y, expected) <= 2.5e-6, error(y, expected)
+
+
+def check_opcheck():
+    tests = ("test_schema", "test_faketensor")
+    x = torch.randn(2, 8, 7, 6).contiguous(memory_format=channels_last)
+    weight = torch.randn(9, 8, 3, 3)
+    for tile, strict in ((1, True), (2, False), (4, True)):
+        filter_arguments = (weight, tile, strict, False, True)
+        torch.library.opcheck(ops._winograd_cuda_filter.default, filter_arguments, test_utils=tests)
+        u, scale = ops._winograd_cuda_filter(*filter_arguments)
+        if tile == 1:
+            arguments = (x, u, None, None, 9, (1, 1), (1, 1), True, True)
+            op = ops._winograd_cuda_direct.default
+        else:
+            arguments = (x, u, scale, None, None, 9, tile, (1, 1), (1, 1), True, False, strict)
+            arguments = (*arguments, 1 << 28)
+            op = ops._winograd_cuda_forward.default
+        torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+def check_refusals():
+    x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
+    u, scale = ops._winograd_cuda_filter(weight, 4, True, False, True)
+    rest = (None, None, 8, 4, (1, 1), (1, 1), False, False)
+    forward = ops._winograd_cuda_forward
+    refuses("workspace_limit must be at least", forward, x, u, scale, *rest, True, 1000)
+    refuses("another tile or another precision", forward, x, u, scale, *rest, False, 1 << 28)
+    refuses("must be float32, bfloat16 or float16", forward, x.double(), u, scale, *rest, True, 1)
+    refuses("tile must be 1, 2, 4 or 6, got 3", ops._winograd_cuda_filter, weight, 3, 1, 0, 1)
+    u, _ = ops._winograd_cuda_filter(weight, 1, True, False, True)
+    direct = (u, None, None, 8, (1, 1), (1, 1), False, True)
+    refuses("input must be channels_last", ops._winograd_cuda_direct, x, *direct)
+
+
+for last in (True, False):
+    check_forward(2, False, torch.float16, 8e-4, last)
+    check_forward(4, False, torch.bfloat16, 3e-3, last, d=2)
+    check_forward(4, False, torch.float32, 2e-3, last)
+    check_forward(4, True, torch.float32, 2.5e-6, last, c=72, k=70)
+    check_forward(6, True, torch.float32, 7e-6, last, h=19)
+for strict, dtype, bound in (
+    (True, torch.float32, 3e-7),
+    (False, torch.float32, 4e-4),
+    (False, torch.bfloat16, 2.5e-3),
+    (False, torch.float16, 3e-4),
+):
+    check_forward(1, strict, dtype, bound, True, k=16)
+check_winograd_relu()
+check_opcheck()
+check_refusals()
+print("all checks passed")

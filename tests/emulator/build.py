@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Compiles .cu files for the emulator, with g++, into build/emulator: once for the same sources."""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "emulator"
+
+# -fno-gnu-unique: `static thread_local` of a template must lie in this module, whatever others are
+# loaded. -fno-optimize-sibling-calls: return addresses say where in the kernel a finding is.
+COMMON_FLAGS = [
+    *("-std=c++20", "-g", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing"),
+    *("-fno-optimize-sibling-calls", "-Wno-psabi"),
+]
+RUNTIME_FLAGS = ["-O3", "-march=native"]
+# No -march: a * b + c is rounded twice here, as C++ has it. nvcc makes it one FMA.
+KERNEL_FLAGS = {
+    "fast": ["-O2"],
+    "check": ["-O2", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
+}
+MODES = tuple(KERNEL_FLAGS)
+
+
+def missing():
+    """Why no kernel can be compiled here, or None."""
+    if not shutil.which("g++"):
+        return "the emulator needs g++"
+    if os.uname().machine != "x86_64":
+        return "the emulator's fibers are written for x86-64"
+    if not cuda_include():
+        return "the emulator needs NVIDIA's headers: a CUDA toolkit with nvcc on the PATH"
+    return None
+
+
+@functools.cache
+def cuda_include():
+    """The folder of cuda_runtime.h, or None."""
+    candidates = [Path(os.environ["CUDA_HOME"]) / "include"] if "CUDA_HOME" in os.environ else []
+    if nvcc := shutil.which("nvcc"):
+        dry_run = [nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"]
+        told = subprocess.run(dry_run, capture_output=True, text=True).stderr
+        candidates += [Path(folder) for folder in re.findall(r'"-I(\S+?)"', told)]
+    candidates += sorted(Path("/usr/local").glob("cuda*/include"))
+    return next((p.resolve() for p in candidates if (p / "cuda_runtime.h").exists()), None)
+
+
+def digest(*parts):
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part if isinstance(part, bytes) else str(part).encode())
+        h.update(b"\0")
+    return h.hexdigest()[:20]
+
+
+def contents(paths):
+    return [part for path in sorted(paths) for part in (path.name, path.read_bytes())]
+
+
+@functools.cache
+def compiler():
+    def told(*options):
+        return subprocess.run(["g++", *options], capture_output=True, text=True).stdout
+
+    return digest(told("--version"), told("-march=native", "-Q", "--help=target"), cuda_include())
+
+
+def make(target, *commands):
+    """Runs the commands, in which {} is a folder for what they make; `target` is kept of it."""
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        for command in commands:
+            command = [str(part).replace("{}", folder) for part in command]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        (Path(folder) / target.name).replace(target)
+    return target
+
+
+@functools.cache
+def runtime():
+    """The emulator's own object files, which every kernel's library is linked with."""
+    flags = [*COMMON_FLAGS, *RUNTIME_FLAGS, "-Wall", "-Wextra", "-isystem", cuda_include()]
+    key = digest(compiler(), flags, *contents(HERE.glob("*.h")), *contents(HERE.glob("*.cpp")))
+    return [
+        make(
+            CACHE / f"{source.stem}-{key}.o",
+            ["g++", *flags, "-c", source, "-o", f"{{}}/{source.stem}-{key}.o"],
+        )
+        for source in sorted(HERE.glob("*.cpp"))
+    ]
+
+
+def compile_kernel(source, mode="fast", defines=(), text=None):
+    """The library of a .cu file. `text` is compiled in the place of what the file has."""
+    if reason := missing():
+        raise RuntimeError(reason)
+    source = (ROOT / source).resolve()
+    body = source.read_bytes() if text is None else text.encode()
+    headers = [
+        p for p in {*CSRC.rglob("*"), *source.parent.iterdir()} if p.suffix in (".h", ".cuh")
+    ]
+    flags = [*COMMON_FLAGS, *KERNEL_FLAGS[mode], *(f"-D{define}" for define in defines)]
+    objects = runtime()
+    key = digest(compiler(), flags, source, body, *contents(headers), *(o.name for o in objects))
+    name = f"{source.stem}-{mode}-{key}"
+    if text is not None:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        changed = CACHE / f"{name}.cu"
+        changed.write_text(f'#line 1 "{source}"\n{text}')  # findings name the file's own lines
+    compile_it = [
+        *("g++", "-x", "c++", *flags, "-Wno-unknown-pragmas", "-Wno-attributes"),
+        *("-include", HERE / "emulator.h", "-I", CSRC, "-I", CSRC / "core", "-I", source.parent),
+        *("-isystem", cuda_include(), "-c", source if text is None else changed),
+        *("-o", f"{{}}/{name}.o"),
+    ]
+    link_it = ["g++", "-shared", "-Wl,-Bsymbolic", f"{{}}/{name}.o", *objects, "-ldl"]
+    return make(CACHE / f"{name}.so", compile_it, [*link_it, "-o", f"{{}}/{name}.so"])

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The project's Winograd kernels and the host code that runs them in order, as one library for the tests.
+#include "core/winograd/cuda.cpp"
+#include "core/winograd/cuda_direct.cu"
+#include "core/winograd/cuda_product.cu"
+#include "core/winograd/cuda_transforms.cu"
+
+namespace cuda = pywino::winograd::cuda;
+using pywino::winograd::Geometry;
+
+extern "C" int winograd_forward(const cuda::Forward* p, void* stream) {
+  return cuda::forward(*p, stream);
+}
+
+// bytes[0]: the workspace of a launch of tiles[0] tiles, which is what `limit` bytes allow.
+extern "C" int winograd_workspace(const Geometry* g, int domain, int64_t limit, int64_t* tiles,
+                                  int64_t* bytes) {
+  tiles[0] = cuda::tiles_within(*g, cuda::Domain(domain), limit);
+  bytes[0] = cuda::workspace_bytes(*g, cuda::Domain(domain), tiles[0]);
+  return 0;
+}

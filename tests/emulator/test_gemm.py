@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Two whole kernels: cp.async + ldmatrix + mma.sync, and TMA + mbarrier + wgmma.
+
+They stand for the project's own here. The functions are what mutate.py calls too: a kernel that was
+broken must not get through them.
+"""
+
+import numpy as np
+import pytest
+from emulator.build import HERE
+from emulator.harness import EmulatorError, In, Kernel, Out, bf16, from_bf16, padded
+
+MMA = HERE / "kernels" / "gemm_mma.cu"
+WGMMA = HERE / "kernels" / "gemm_wgmma.cu"
+
+# m, n, k: nothing a multiple of a tile; less than one tile; several tiles and rounds of the ring.
+SHAPES = [(77, 71, 45), (136, 129, 72), (9, 5, 3), (64, 64, 256), (70, 65, 130)]
+
+
+def round_up(n, unit):
+    return -(-n // unit) * unit
+
+
+def assert_close(actual, expected):
+    """Products are exact, sums in fp32 over k <= 256: within k * 2^-24 of the sum of magnitudes,
+    and much nearer than that for numbers of both signs."""
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= 1e-6, error
+
+
+def gemm_mma(kernel, m, n, k, **how):
+    rng = np.random.default_rng(m * n * k)
+    a, b = (rng.standard_normal(shape).astype(np.float16) for shape in ((m, k), (k, n)))
+    lda, ldb = round_up(k, 8), round_up(n, 8)
+    c = np.empty((m, n), np.float32)
+    arguments = In(padded(a, lda), "a"), In(padded(b, ldb), "b"), Out(c, "c")
+    kernel.call("gemm_mma_launch", *arguments, m, n, k, lda, ldb, n, None, **how)
+    assert_close(c, a.astype(np.float64) @ b.astype(np.float64))
+
+
+def gemm_wgmma(kernel, m, n, k, **how):
+    rng = np.random.default_rng(m * n * k)
+    a, b = (bf16(rng.standard_normal(shape)) for shape in ((m, k), (n, k)))
+    ld = round_up(k, 8)
+    c = np.empty((m, n), np.float32)
+    arguments = In(padded(a, ld), "a"), In(padded(b, ld), "b"), Out(c, "c")
+    kernel.call("gemm_wgmma_launch", *arguments, m, n, k, ld, ld, n, None, **how)
+    assert_close(c, from_bf16(a) @ from_bf16(b).T)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gemm_mma(emulate, run, shape):
+    mode, schedule = run
+    gemm_mma(emulate(MMA, mode), *shape, schedule=schedule)
+
+
+@pytest.mark.parametrize("shape", [(77, 51, 45), (129, 65, 520), (200, 136, 328)], ids=str)
+def test_gemm_wgmma(emulate, run, shape):
+    mode, schedule = run
+    gemm_wgmma(emulate(WGMMA, mode), *shape, schedule=schedule)
+
+
+# What a kernel author may get wrong in a pipeline, and one kind of what is found.
+BROKEN = [
+    (MMA, "__syncthreads();", "", "RACE"),
+    (MMA, "wait_group<kStages - 2>", "wait_group<kStages - 1>", "IN FLIGHT"),
+    (MMA, "k0 + row < k ?", "k0 + row <= k ?", "OUT-OF-BOUNDS"),
+    (WGMMA, "if (round > 0) ptx::mbarrier_wait", "if (false) ptx::mbarrier_wait", "MBARRIER"),
+    (WGMMA, "ptx::mbarrier_wait(full", "if (false) ptx::mbarrier_wait(full", "UNINITIALISED"),
+    (WGMMA, "ptx::named_barrier_sync(1 + group, 128);", "", "RACE"),
+    (WGMMA, "    ptx::wgmma_wait_group<0>();\n", "", "NOT WAITED FOR"),
+]
+
+
+@pytest.mark.parametrize(("source", "right", "wrong", "kind"), BROKEN)
+def test_a_broken_pipeline_is_found(source, right, wrong, kind):
+    text = source.read_text()
+    assert right in text
+    with (
+        Kernel(source, "check", text=text.replace(right, wrong)) as kernel,
+        pytest.raises(EmulatorError) as raised,
+    ):
+        if source == MMA:
+            gemm_mma(kernel, 129, 65, 130)
+        else:
+            gemm_wgmma(kernel, 129, 65, 520)
+    assert kind in raised.value.kinds
+
+
+def test_swapped_fragments_give_wrong_numbers(emulate):
+    text = MMA.read_text().replace("lane / 4 + v / 2 * 8", "lane / 4 + v % 2 * 8")
+    with (
+        Kernel(MMA, "fast", text=text) as kernel,
+        pytest.raises((AssertionError, EmulatorError)),
+    ):
+        gemm_mma(kernel, 64, 64, 64)

@@ -1,0 +1,584 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA Winograd kernels, run by the emulator: each stage against float64 on what it really
+got, rounding where it rounds; then the whole against a float64 convolution."""
+
+import math
+from ctypes import c_bool, c_int, c_int64
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from emulator.build import HERE
+from emulator.harness import In, InOut, Out, Struct, Workspace, bf16, from_bf16
+
+from pywino.reference import winograd as reference
+
+SOURCE = HERE / "kernels" / "winograd.cu"
+DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
+DOMAINS = {"f16": 0, "f32": 1}
+# The unit roundoff of a format, and half the distance of its smallest numbers.
+HALF_ULP = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}
+SMALLEST = {"f32": 0.0, "bf16": 0.0, "f16": 2.0**-25}
+# Relative L2 error against float64 of C = 16...140 channels: performance bounds that the library
+# promises (docs/winograd.md), by (domain, tensor, tile).
+BOUND = {
+    ("f16", "f16", 2): 8e-4,
+    ("f16", "f16", 4): 2e-3,
+    ("f16", "bf16", 2): 2.6e-3,
+    ("f16", "bf16", 4): 3e-3,
+    ("f16", "f32", 2): 7e-4,
+    ("f16", "f32", 4): 2e-3,
+    ("f32", "f32", 2): 7e-7,
+    ("f32", "f32", 4): 2.5e-6,
+    ("f32", "f32", 6): 7e-6,
+}
+
+
+class Case(NamedTuple):
+    """A convolution. Nothing here is a multiple of what it should be one of."""
+
+    n: int = 1
+    c: int = 16
+    h: int = 9
+    w: int = 7
+    k: int = 24
+    padding: int = 1
+    dilation: int = 1
+    tile: int = 4
+    dtype: str = "f16"
+    domain: str = "f16"
+    channels_last: bool = True
+    relu: bool = False
+    bias: bool = True
+    residual: bool = True
+    winograd_relu: bool = False
+
+    @property
+    def out(self):
+        return tuple(s + 2 * self.padding - 2 * self.dilation for s in (self.h, self.w))
+
+    @property
+    def tiles(self):
+        """(phases_h, phases_w, rows, columns) of the index map."""
+        phases = tuple(min(self.dilation, s) for s in self.out)
+        rows = (math.ceil(s / self.dilation) for s in self.out)  # of the first phase
+        return *phases, *(math.ceil(r / self.tile) for r in rows)
+
+    @property
+    def taps(self):
+        return (self.tile + 2) ** 2
+
+
+CASES = [
+    Case(),
+    Case(n=2, c=5, h=13, w=11, k=3, tile=2, dtype="bf16"),
+    Case(c=40, k=70, dtype="f32", relu=True),
+    Case(c=72, k=70, dtype="f32", domain="f32"),
+    Case(n=2, c=7, h=9, w=17, k=10, dtype="f32", domain="f32", tile=6, channels_last=False),
+    Case(c=130, h=19, w=22, k=140, padding=2, dilation=2),
+    Case(n=3, c=24, h=5, w=6, k=16, padding=3, dilation=3, tile=2, dtype="bf16", residual=False),
+    Case(c=3, h=2, w=1, k=9, padding=4, dilation=4, dtype="f32", channels_last=False, bias=False),
+    Case(n=2, c=20, h=8, w=6, k=33, padding=0, tile=2, dtype="f32", domain="f32", relu=True),
+    Case(c=18, h=6, w=6, k=20, tile=2, winograd_relu=True, dtype="bf16", residual=False),
+    Case(c=18, h=6, w=9, k=20, winograd_relu=True, dtype="f32", domain="f32", residual=False),
+]
+
+
+def encode(values, dtype):
+    if dtype == "bf16":
+        return bf16(values)
+    return np.asarray(values, {"f32": np.float32, "f16": np.float16}[dtype])
+
+
+def decode(values):
+    return from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float64)
+
+
+def empty(shape, dtype):
+    return np.empty(shape, {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[dtype])
+
+
+def padded(channels):
+    return -(-channels // 8) * 8
+
+
+class Tensors:
+    """Random tensors of a case, in the layout that the kernels read."""
+
+    def __init__(self, case, seed=0):
+        random = np.random.default_rng(seed)
+        size = case.tile + 2 if case.winograd_relu else 3
+        self.case = case
+        self.input = encode(random.standard_normal((case.n, case.c, case.h, case.w)), case.dtype)
+        weight = random.standard_normal((case.k, case.c, size, size)) / (size * np.sqrt(case.c))
+        self.weight = encode(weight, case.dtype)
+        self.bias = random.standard_normal(case.k).astype(np.float32)
+        self.residual = encode(random.standard_normal((case.n, case.k, *case.out)), case.dtype)
+
+    def layout(self, x):
+        return np.ascontiguousarray(x.transpose(0, 2, 3, 1) if self.case.channels_last else x)
+
+    def back(self, x):
+        return x.transpose(0, 3, 1, 2) if self.case.channels_last else x
+
+
+def tiles_fields(case):
+    phases_h, phases_w, rows, columns = case.tiles
+    numbers = {
+        "size": case.tile,
+        "phases_h": phases_h,
+        "phases_w": phases_w,
+        "rows": rows,
+        "columns": columns,
+        "dil_h": case.dilation,
+        "dil_w": case.dilation,
+    }
+    count = case.n * phases_h * phases_w * rows * columns
+    return {**{n: c_int(v) for n, v in numbers.items()}, "tile_count": c_int64(count)}
+
+
+def map_fields(case, c, h, w):
+    if case.channels_last:
+        strides = (h * w * c, 1, w * c, c)
+    else:
+        strides = (c * h * w, h * w, w, 1)
+    names = ("n", "c", "h", "w", "stride_n", "stride_c", "stride_h", "stride_w")
+    return {name: c_int64(v) for name, v in zip(names, (case.n, c, h, w, *strides))}
+
+
+def geometry_fields(case):
+    sizes = (case.n, case.c, case.h, case.w, case.k, *[case.padding] * 2, *[case.dilation] * 2)
+    names = ("n", "c", "h", "w", "k", "pad_h", "pad_w", "dil_h", "dil_w")
+    return {
+        **{name: c_int64(v) for name, v in zip(names, sizes)},
+        "tile": c_int(case.tile),
+        "channels_last": c_bool(case.channels_last),
+        "dtype": c_int(DTYPES[case.dtype]),
+        "end": c_int(0),  # the struct ends at a multiple of eight bytes
+    }
+
+
+# --- the stages ---
+
+
+def run_filter(kernel, tensors, tile=None, rotate=False, **how):
+    """U and its scales by the kernel; tile 1: for the direct one."""
+    case, weight = tensors.case, tensors.weight
+    tile = tile or case.tile
+    k, c = (case.c, case.k) if rotate else (case.k, case.c)
+    element = case.dtype if tile == 1 else case.domain
+    taps = 9 if tile == 1 else (tile + 2) ** 2
+    u = empty((taps, padded(k), c if tile == 1 else padded(c)), element)
+    scale = np.ones(k, np.float32)
+    strides = [s // weight.itemsize for s in weight.strides]
+    if rotate:
+        strides[:2] = strides[1::-1]
+    names = ("stride_k", "stride_c", "stride_h", "stride_w")
+    scaled = tile != 1 and element == "f16"
+    fields = {
+        "weight": In(weight),
+        "dtype": c_int(DTYPES[case.dtype]),
+        "out_channels": c_int64(k),
+        "in_channels": c_int64(c),
+        **{name: c_int64(s) for name, s in zip(names, strides)},
+        "padded_out": c_int64(u.shape[1]),
+        "padded_in": c_int64(u.shape[2]),
+        "tile": c_int(tile),
+        "rotate": c_bool(rotate),
+        "spatial": c_bool(not case.winograd_relu),
+        "element": c_int(DTYPES[element]),
+        "u": Out(u),
+        "scale": Out(scale) if scaled else None,
+    }
+    kernel.call("pywino_winograd_filter_transform", Struct(fields), None, **how)
+    return u, scale
+
+
+def run_input(kernel, tensors, first, count, **how):
+    case = tensors.case
+    v = empty((case.taps, count, padded(case.c)), case.domain)
+    scale = np.ones(count, np.float32)
+    fields = {
+        **tiles_fields(case),
+        **map_fields(case, case.c, case.h, case.w),
+        "first": c_int64(first),
+        "count": c_int64(count),
+        "channels": c_int64(v.shape[2]),
+        "pad_h": c_int(case.padding),
+        "pad_w": c_int(case.padding),
+        "dtype": c_int(DTYPES[case.dtype]),
+        "domain": c_int(DOMAINS[case.domain]),
+        "relu": c_bool(case.winograd_relu),
+        "input": In(tensors.layout(tensors.input)),
+        "v": Out(v),
+        "scale": Out(scale) if case.domain == "f16" else None,
+    }
+    kernel.call("pywino_winograd_input_transform", Struct(fields), None, **how)
+    return v, scale
+
+
+def run_product(kernel, domain, v, u, **how):
+    m = np.empty((v.shape[0], v.shape[1], u.shape[1]), v.dtype)
+    fields = {
+        "tiles": c_int64(v.shape[1]),
+        "channels": c_int64(v.shape[2]),
+        "out_channels": c_int64(u.shape[1]),
+        "taps": c_int(v.shape[0]),
+        "domain": c_int(DOMAINS[domain]),
+        "v": In(v),
+        "u": In(u),
+        "m": Out(m),
+    }
+    kernel.call("pywino_winograd_product", Struct(fields), None, **how)
+    return m
+
+
+def run_output(kernel, tensors, m, tile_scale, filter_scale, first, **how):
+    """The output, of which tiles `first` and on are written, the rest is as it was: zero."""
+    case = tensors.case
+    y = np.zeros(tensors.layout(tensors.residual).shape, tensors.residual.dtype)
+    fields = {
+        **tiles_fields(case),
+        **map_fields(case, case.k, *case.out),
+        "first": c_int64(first),
+        "count": c_int64(m.shape[1]),
+        "channels": c_int64(m.shape[2]),
+        "dtype": c_int(DTYPES[case.dtype]),
+        "domain": c_int(DOMAINS[case.domain]),
+        "relu": c_bool(case.relu),
+        "m": In(m),
+        "tile_scale": In(tile_scale),
+        "filter_scale": In(filter_scale),
+        "bias": In(tensors.bias) if case.bias else None,
+        "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
+        "output": InOut(y),
+    }
+    kernel.call("pywino_winograd_output_transform", Struct(fields), None, **how)
+    return tensors.back(y)
+
+
+# --- float64 ---
+
+
+def matrices(case):
+    return [m.numpy() for m in reference.transform_matrices(case.tile, torch.float64, "cpu")]
+
+
+def in_tiles(case, y):
+    """(n, channels, H, W) -> (tiles in the kernels' order, channels, rows, columns), zeros where
+    tiles stick out: `y` begins at the first tile's first row."""
+    phases_h, phases_w, rows, columns = case.tiles
+    d, m = case.dilation, case.tile
+    size = m + 2 if y.shape[2] == case.out[0] + 2 * d else m  # of a patch, or of an output tile
+    tiles = []
+    whole = np.zeros((*y.shape[:2], (rows * m + 2) * d, (columns * m + 2) * d))
+    whole[:, :, : y.shape[2], : y.shape[3]] = y
+    for image in whole:
+        for p in range(phases_h):
+            for q in range(phases_w):
+                grid = image[:, p::d, q::d]
+                for r in range(rows):
+                    for c in range(columns):
+                        tiles.append(grid[:, r * m : r * m + size, c * m : c * m + size])
+    return np.stack(tiles)
+
+
+def patches(tensors):
+    case, p = tensors.case, tensors.case.padding
+    return in_tiles(case, np.pad(decode(tensors.input), ((0, 0), (0, 0), (p, p), (p, p))))
+
+
+def transformed(matrix, tiles):
+    """matrix x matrix^T for all tiles and the sum of its terms' magnitudes, as (taps, tiles, C)."""
+    a = len(matrix) ** 2
+    value = np.einsum("ai,tcij,bj->abtc", matrix, tiles, matrix)
+    size = np.einsum("ai,tcij,bj->abtc", *(abs(x) for x in (matrix, tiles, matrix)))
+    return value.reshape(a, *value.shape[2:]), size.reshape(a, *size.shape[2:])
+
+
+def assert_rounded(actual, expected, magnitude, form, sums=1):
+    """`actual` is `expected` rounded once to a format, after fp32 arithmetic whose terms have a sum
+    of magnitudes: `sums` roundings of 2^-24 of it."""
+    bound = HALF_ULP[form] * 1.01 * np.abs(expected) + SMALLEST[form]
+    bound = bound + sums * 2.0**-24 * magnitude
+    excess = np.abs(decode(actual) - expected) - bound
+    assert (excess <= 0).all(), f"{(excess > 0).sum()} of {excess.size}, worst {excess.max():.2e}"
+
+
+# A transform is two passes of at most four additions of products, each rounded once or twice.
+TRANSFORM = 16
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_input_transform(emulate, run, case):
+    mode, schedule = run
+    tensors = Tensors(case)
+    bt, _, _ = matrices(case)
+    value, magnitude = transformed(bt, patches(tensors))
+    first, count = 1, value.shape[1] - 1  # tiles of a later launch
+    if count == 0:
+        first, count = 0, 1
+    v, scale = run_input(emulate(SOURCE, mode), tensors, first, count, schedule=schedule)
+    if case.domain == "f16":
+        largest = np.abs(patches(tensors)).max((1, 2, 3))[first:]
+        growth = np.abs(bt).sum(1).max() ** 2
+        assert (scale == 2.0 ** np.round(np.log2(scale))).all()
+        assert (scale >= largest * growth).all()
+        assert (scale <= np.maximum(largest * growth * 4, 1)).all()
+        assert np.abs(v.astype(float)).max() <= 1
+    value, magnitude = (x[:, first:] / scale[:, None] for x in (value, magnitude))
+    if case.winograd_relu:
+        value = np.maximum(value, 0)
+    assert_rounded(v[..., : case.c], value, magnitude, case.domain, TRANSFORM)
+    assert not v[..., case.c :].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rotate", [False, True])
+def test_filter_transform(emulate, run, case, rotate):
+    mode, schedule = run
+    tensors = Tensors(case)
+    u, scale = run_filter(emulate(SOURCE, mode), tensors, rotate=rotate, schedule=schedule)
+    weight = decode(tensors.weight)
+    if rotate:
+        weight = weight.transpose(1, 0, 2, 3)
+        if not case.winograd_relu:
+            weight = weight[:, :, ::-1, ::-1]
+    g = np.eye(case.tile + 2) if case.winograd_relu else matrices(case)[1]
+    value, magnitude = transformed(g, weight)
+    k, c = weight.shape[:2]
+    if case.domain == "f16":
+        largest = np.abs(value).max((0, 2))
+        assert (scale == 2.0 ** np.round(np.log2(scale))).all()
+        assert (scale * 1.001 >= largest).all()
+        assert (scale <= 4 * largest).all()
+    expected, magnitude = (x / scale[:, None] for x in (value, magnitude))
+    # In double precision, then to fp32, then to the format.
+    assert_rounded(u[:, :k, :c], expected, magnitude, case.domain)
+    assert not u[:, k:].any()
+    assert not u[:, :, c:].any()
+
+
+# taps, tiles, C', K': each of the three block shapes, and edges of each.
+PRODUCTS = [(4, 49, 24, 72), (16, 130, 40, 8), (36, 131, 72, 136), (64, 300, 136, 144)]
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_product(emulate, run, shape, domain):
+    mode, schedule = run
+    taps, tiles, c, k = shape
+    random = np.random.default_rng(c)
+    v = empty((taps, tiles, c), domain)
+    u = empty((taps, k, c), domain)
+    for array in (v, u):
+        array[...] = random.uniform(-1, 1, array.shape)
+    m = run_product(emulate(SOURCE, mode), domain, v, u, schedule=schedule)
+    v, u = decode(v), decode(u)
+    expected = np.einsum("ptc,pkc->ptk", v, u)
+    magnitude = np.einsum("ptc,pkc->ptk", abs(v), abs(u))
+    # fp16: products are exact. 3xTF32: high and low have 22 bits of a factor, and low low is left
+    # out, so a product has an error of 3 2^-22 or twelve fp32 roundings.
+    assert_rounded(m, expected, magnitude, domain, sums=4 if domain == "f16" else 16)
+    if domain == "f32":
+        assert np.linalg.norm(m - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_transform(emulate, run, case):
+    mode, schedule = run
+    tensors = Tensors(case)
+    random = np.random.default_rng(1)
+    phases_h, phases_w, rows, columns = case.tiles
+    count = case.n * phases_h * phases_w * rows * columns
+    m = empty((case.taps, count, padded(case.k)), case.domain)
+    m[...] = random.standard_normal(m.shape)
+    tile_scale = 2.0 ** random.integers(-3, 3, count).astype(np.float32)
+    filter_scale = 2.0 ** random.integers(-3, 3, case.k).astype(np.float32)
+    half = count // 2  # the later tiles alone
+    y = run_output(
+        emulate(SOURCE, mode),
+        tensors,
+        np.ascontiguousarray(m[:, half:]),
+        tile_scale[half:],
+        filter_scale,
+        half,
+        schedule=schedule,
+    )
+    a = case.tile + 2
+    _, _, at = matrices(case)
+    square = decode(m)[..., : case.k].reshape(a, a, count, case.k)
+    value = np.einsum("pa,abtk,qb->tkpq", at, square, at)
+    magnitude = np.einsum("pa,abtk,qb->tkpq", abs(at), abs(square), abs(at))
+    if case.domain == "f16":
+        scale = (tile_scale[:, None] * filter_scale)[..., None, None]
+        value, magnitude = value * scale, magnitude * scale
+    for exists, extra in (
+        (case.bias, tensors.bias[None, :, None, None].astype(float)),
+        (case.residual, in_tiles(case, decode(tensors.residual))),
+    ):
+        if exists:
+            value, magnitude = value + extra, magnitude + abs(extra)
+    if case.relu:
+        value = np.maximum(value, 0)
+    inside = in_tiles(case, np.ones((case.n, case.k, *case.out)))
+    inside[:half] = 0
+    form = "f32" if y.dtype == np.float32 else case.dtype
+    written = in_tiles(case, decode(y))
+    assert not written[:half].any(), "tiles of another launch were written"
+    half_ulp = HALF_ULP[form] * 1.01 * abs(value) + SMALLEST[form]
+    bound = half_ulp + TRANSFORM * 2.0**-24 * magnitude
+    excess = (abs(written - value) - bound) * inside
+    assert excess.max() <= 0, f"worst {excess.max():.2e}"
+
+
+# --- the whole ---
+
+
+def convolution(tensors):
+    case = tensors.case
+    to_torch = lambda x: torch.from_numpy(np.ascontiguousarray(decode(x)))  # noqa: E731
+    input, weight = to_torch(tensors.input), to_torch(tensors.weight)
+    if case.winograd_relu:
+        y = reference.winograd_relu_conv2d(
+            input, weight, None, case.padding, case.dilation, case.tile
+        )
+    else:
+        y = torch.conv2d(input, weight, None, 1, case.padding, case.dilation)
+    y = y.numpy()
+    if case.bias:
+        y = y + tensors.bias[:, None, None]
+    if case.residual:
+        y = y + decode(tensors.residual)
+    return np.maximum(y, 0) if case.relu else y
+
+
+def run_forward(kernel, tensors, limit=256 << 20, **how):
+    case = tensors.case
+    u, filter_scale = run_filter(kernel, tensors, **how)
+    tiles, nbytes = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    kernel.call(
+        "winograd_workspace",
+        Struct(geometry_fields(case)),
+        DOMAINS[case.domain],
+        limit,
+        InOut(tiles),
+        InOut(nbytes),
+    )
+    assert nbytes[0] <= limit
+    y = empty(tensors.layout(tensors.residual).shape, case.dtype)
+    fields = {
+        **geometry_fields(case),
+        "domain": c_int(DOMAINS[case.domain]),
+        "relu": c_bool(case.relu),
+        "winograd_relu": c_bool(case.winograd_relu),
+        "input": In(tensors.layout(tensors.input)),
+        "filter": In(u),
+        "filter_scale": In(filter_scale),
+        "bias": In(tensors.bias) if case.bias else None,
+        "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
+        "output": Out(y),
+        "workspace": Workspace(int(nbytes[0])),
+        "chunk": c_int64(int(tiles[0])),
+    }
+    kernel.call("winograd_forward", Struct(fields), None, **how)
+    return tensors.back(y), int(tiles[0])
+
+
+def error(y, expected):
+    return np.linalg.norm(decode(y) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(emulate, mode, case):
+    tensors = Tensors(case)
+    y, _ = run_forward(emulate(SOURCE, mode), tensors)
+    assert error(y, convolution(tensors)) <= BOUND[case.domain, case.dtype, case.tile]
+
+
+def test_forward_in_parts(emulate):
+    """A workspace that holds 128 tiles gives the same bits as one that holds all 300."""
+    tensors = Tensors(Case(n=3, c=16, h=40, w=38, k=16))
+    kernel = emulate(SOURCE, "fast")
+    whole, tiles = run_forward(kernel, tensors)
+    assert tiles == 300
+    limit = 36 * 128 * 32 * 2 + 2048
+    parts, tiles = run_forward(kernel, tensors, limit)
+    assert tiles == 128
+    assert (whole.view(np.uint16) == parts.view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("power", [-118, -30, 0, 60, 110])
+def test_range(emulate, power):
+    """Powers of two in the data change nothing but the exponents of the result: no tile is near
+    the ends of fp16, whatever the tensor's range (bf16 ones, whose range is that of fp32)."""
+    case = Case(n=1, c=9, h=9, w=9, k=9, dtype="bf16", tile=4, bias=False, residual=False)
+    kernel = emulate(SOURCE, "fast")
+    tensors = Tensors(case)
+    y, _ = run_forward(kernel, tensors)
+    tensors.input = bf16(from_bf16(tensors.input) * 2.0**power)
+    scaled, _ = run_forward(kernel, tensors)
+    y, scaled = from_bf16(y), from_bf16(scaled)
+    normal = abs(scaled) >= 2.0**-126
+    assert normal.mean() > 0.99
+    assert (scaled == y * 2.0**power)[normal].all()
+
+
+def test_not_a_number(emulate):
+    """NaN and infinity reach the outputs whose tiles see them, and no others."""
+    tensors = Tensors(Case(c=8, h=8, w=8, k=8, padding=1, residual=False, bias=False))
+    tensors.input[0, 3, 1, 1] = np.nan
+    tensors.input[0, 5, 6, 6] = np.inf
+    y, _ = run_forward(emulate(SOURCE, "fast"), tensors)
+    bad = ~np.isfinite(y)
+    assert bad[0, :, 0:3, 0:3].all()
+    assert bad[0, :, 5:8, 5:8].all()
+    assert not bad[0, :, 0:4, 5:8].any()
+    assert not bad[0, :, 5:8, 0:3].any()
+
+
+DIRECT = [
+    Case(c=24),
+    Case(n=2, c=72, h=13, w=9, k=70, padding=2, dilation=2, dtype="bf16", relu=True),
+    Case(c=20, h=13, w=9, k=13, dtype="f32", domain="f32"),
+    Case(c=36, h=13, w=19, k=80, dtype="f32", domain="f16"),
+    Case(n=3, c=8, h=3, w=2, k=8, padding=5, dilation=4, residual=False, bias=False),
+    Case(n=1, c=136, h=12, w=12, k=136, padding=0),
+]
+DIRECT_BOUND = {
+    ("f16", "f16"): 2.6e-4,
+    ("f16", "bf16"): 2e-3,
+    ("f32", "f32"): 3e-7,
+    ("f16", "f32"): 4e-4,  # TF32
+}
+
+
+def run_direct(kernel, tensors, **how):
+    case = tensors.case
+    u, _ = run_filter(kernel, tensors, tile=1, **how)
+    y = empty(tensors.layout(tensors.residual).shape, case.dtype)
+    sizes = (case.n, case.h, case.w, case.c, *case.out, case.k, padded(case.k))
+    fields = {
+        **{f"size{i}": c_int64(v) for i, v in enumerate(sizes)},
+        **{f"pad{i}": c_int(case.padding) for i in range(2)},
+        **{f"dil{i}": c_int(case.dilation) for i in range(2)},
+        "dtype": c_int(DTYPES[case.dtype]),
+        "strict": c_bool(case.domain == "f32"),
+        "relu": c_bool(case.relu),
+        "input": In(tensors.layout(tensors.input)),
+        "u": In(u),
+        "bias": In(tensors.bias) if case.bias else None,
+        "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
+        "output": Out(y),
+    }
+    kernel.call("pywino_winograd_direct", Struct(fields), None, **how)
+    return tensors.back(y)
+
+
+@pytest.mark.parametrize("case", DIRECT, ids=str)
+def test_direct(emulate, run, case):
+    mode, schedule = run
+    tensors = Tensors(case)
+    y = run_direct(emulate(SOURCE, mode), tensors, schedule=schedule)
+    assert error(y, convolution(tensors)) <= DIRECT_BOUND[case.domain, case.dtype]

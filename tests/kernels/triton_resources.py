@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the Triton Winograd kernels take of a GPU, without one: compiled ahead of time, read from
+the machine code by the cuobjdump in Triton's package.
+
+    python tests/kernels/triton_resources.py    writes resources_triton.json anew, in some minutes
+
+Each row is one launch: registers of a thread, bytes of stack (spills), bytes of shared memory, and
+how many matrix and copy instructions there are. HMMA is sm_80's matrix instruction, HGMMA sm_90's,
+UTCHMMA sm_100's; LDGSTS copies to shared memory in the background."""
+
+import json
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pywino.kernels import winograd
+
+TABLE = Path(__file__).with_name("resources_triton.json")
+ARCHITECTURES = (90, 80, 100)
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def launches(architecture=90):
+    """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
+    for sm_90 the transforms of every tile in both domains, for the others those of F4."""
+    recorded = {}
+
+    def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
+        name = " ".join(
+            [kernel.__name__.strip("_")]
+            + [f"{key}={value}".lower() for key, value in constants.items()]
+            + sorted({TYPES[a.dtype][1:] for a in arguments if isinstance(a, torch.Tensor)})
+        )
+        recorded.setdefault(name, (kernel, arguments, constants, warps, stages))
+
+    with record_launches(record):
+        for tile in (4, 2, 6) if architecture == 90 else (4,):
+            transforms(tile, "f16", torch.bfloat16, True)
+            transforms(tile, "f32", torch.float32, True)
+        if architecture == 90:
+            transforms(4, "f16", torch.bfloat16, False)
+            transforms(4, "f16", torch.bfloat16, False, n=32)  # tiles for the wide NCHW block
+        products, summed = winograd.configurations()
+        for domain, block in products:
+            tiles = winograd.FEW_TILES if block.tiles == winograd.FEW_TILES else 2**12
+            v = torch.empty(36, 128, block.c, dtype=winograd.DOMAINS[domain], device="meta")
+            u, m = v.new_empty(36, block.k, block.c), v.new_empty(36, 128, block.k)
+            winograd._multiply(v, u, m, domain, tiles)
+        for domain, block in summed:
+            d = torch.empty(36, 128, block.k, dtype=winograd.DOMAINS[domain], device="meta")
+            v, s = d.new_empty(36, 128, block.c), d.new_empty(2, 36, block.k, block.c).float()
+            for accumulate in (False, True):
+                winograd._multiply_summed(d, v, s, domain, accumulate)
+    return recorded
+
+
+class record_launches:
+    def __init__(self, record):
+        self.record = record
+
+    def __enter__(self):
+        self.kept = winograd._launch, winograd._check_tensor
+        winograd._launch, winograd._check_tensor = self.record, lambda *arguments: None
+
+    def __exit__(self, *error):
+        winograd._launch, winograd._check_tensor = self.kept
+
+
+def transforms(tile, domain, dtype, last, n=2, channels=64):
+    """Calls that launch every transform, with all that an epilogue can have."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.empty(n, channels, 48, 48, dtype=dtype, device="meta", memory_format=layout)
+    bias, geometry = torch.empty(channels, device="meta"), (tile, (1, 1), (1, 1))
+    w = x.new_empty(channels, channels, 3, 3)
+    u, scale = winograd.transform_filter(w, tile, domain)
+    winograd.forward(x, u, scale, bias, x, channels, *geometry, True, False, domain)
+    winograd.weight_gradient(x, x, *geometry, False, domain)
+    w = x.new_empty(channels, channels, tile + 2, tile + 2)
+    u, scale = winograd.transform_filter(w, tile, domain, rotate=True, spatial=False)
+    winograd.relu_input_gradient(x, x, u, scale, *geometry, domain)
+
+
+def resources(launch, architecture):
+    """One row of the table."""
+    kernel, arguments, constants, warps, stages = launch
+    signature, values, attributes = {}, dict(constants), {}
+    for i, (parameter, argument) in enumerate(zip(kernel.params, arguments)):
+        if isinstance(argument, torch.Tensor):
+            signature[parameter.name] = TYPES[argument.dtype]
+            attributes[i,] = [["tt.divisibility", 16]]
+        elif argument is None or argument == 1:  # as Triton itself specialises them
+            values[parameter.name] = argument
+        else:
+            signature[parameter.name] = "i32"
+            if argument % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(values, "constexpr")
+    signature = {p.name: signature[p.name] for p in kernel.params}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Triton 3.9 speaks of a default of 3.10
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": warps, "num_stages": stages},
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = cuobjdump("--dump-resource-usage", cubin.name)
+        code = cuobjdump("-sass", cubin.name)
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "threads": 32 * warps,
+        **{name: count for name, count in counts.items() if count},
+    }
+
+
+def cuobjdump(*arguments):
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def write_table():
+    table = {"triton": triton.__version__}
+    for architecture in ARCHITECTURES:
+        rows = table[f"sm_{architecture}"] = {}
+        for name, launch in launches(architecture).items():
+            rows[name] = resources(launch, architecture)
+            print(f"sm_{architecture}", name, rows[name], flush=True)
+        # A row a line: a change of a number shows as that.
+        text = json.dumps(table, indent=1)
+        text = re.sub(
+            r"\{\s+(\"registers\".*?)\s+\}",
+            lambda m: "{" + " ".join(m[1].split()) + "}",
+            text,
+            flags=re.DOTALL,
+        )
+        TABLE.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_table()
