@@ -26,6 +26,14 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
+# make gpu-check OUT=folder [DRY=1] [STAGES=a,b] [BUDGET=seconds]: everything that there is to prove
+# and measure on a GPU, with the packages that its machine has (docs/gpu_check.md).
+.PHONY: gpu-check
+gpu-check:
+	@test -n "$(OUT)" || { echo "type: make gpu-check OUT=folder"; exit 1; }
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benches/gpu/check.py --out "$(OUT)" \
+	  $(if $(DRY),--dry-run) $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET))
+
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
 	rm -f pywino/*.so pywino/_build.json

@@ -32,16 +32,18 @@ class Layer:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Input (n, c, h, w) and bias (k) ~ N(0, 1), weight (k, c, 3, 3) ~ N(0, 1 / (9 c)): outputs
         are near 1.
 
-        Input and weight have the memory format. The values depend on the seed and the shape alone.
+        Input and weight have the memory format. The values depend on the seed, the shape and the
+        kind of device alone.
         """
-        generator = torch.Generator().manual_seed(seed)
-        input = torch.randn(self.n, self.c, self.h, self.w, generator=generator)
-        weight = torch.randn(self.k, self.c, 3, 3, generator=generator) / (9 * self.c) ** 0.5
-        bias = torch.randn(self.k, generator=generator)
+        random = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+        input = torch.randn(self.n, self.c, self.h, self.w, **random)
+        weight = torch.randn(self.k, self.c, 3, 3, **random) / (9 * self.c) ** 0.5
+        bias = torch.randn(self.k, **random)
         input = input.to(dtype).contiguous(memory_format=memory_format)
         return input, weight.to(dtype).contiguous(memory_format=memory_format), bias.to(dtype)
 
@@ -105,6 +107,37 @@ ADVERSARIAL = (
     Layer("odd-129x28x28-k127", 1, 129, 28, 28, 127),
     Layer("odd-64x2x301-d3", 1, 64, 2, 301, 64, 3),
     Layer("odd-1x1x1-k1", 1, 1, 1, 1, 1),
+)
+
+# The GPU's (benches/gpu). First those that its aims are set on: all sizes of VGG-16 and of the
+# ImageNet ResNets at batch 32; conv5_x is (512, 14).
+VGG_B32 = (
+    _square("vgg", 32, 64, 224),
+    Layer("vgg-64x112-b32-k128", 32, 64, 112, 112, 128),
+    _square("vgg", 32, 128, 112),
+    Layer("vgg-128x56-b32-k256", 32, 128, 56, 56, 256),
+    _square("vgg", 32, 256, 56),
+    Layer("vgg-256x28-b32-k512", 32, 256, 28, 28, 512),
+    _square("vgg", 32, 512, 28),
+    _square("vgg", 32, 512, 14),
+)
+_RESNET = ((64, 56), (128, 28), (256, 14), (512, 7))
+RESNET_B32 = tuple(_square("resnet", 32, channels, size) for channels, size in _RESNET)
+GPU_AIMS = VGG_B32 + RESNET_B32
+# Then, the more important ones first: single images, CIFAR, SAPNet with its LSTM gate, a deblurring
+# net's dilated ones, odd sizes, and batch 128.
+GPU_LAYERS = (
+    *GPU_AIMS,
+    *(layer for layer in VGG if layer.n == 1),
+    *(layer for layer in CIFAR if layer.c >= 64),
+    *(_sapnet(481, 321, d) for d in (1, 2, 4, 8, 16)),
+    Layer("lstm-64x481x321-k128", 1, 64, 481, 321, 128),
+    *(Layer(f"deblur-128x128-b1-d{d}", 1, 128, 128, 128, 128, d) for d in (1, 2, 4)),
+    Layer("deblur-128x64-b32-d2", 32, 128, 64, 64, 128, 2),
+    Layer("deblur-128x128-b32-d4", 32, 128, 128, 128, 128, 4),
+    *ADVERSARIAL,
+    *(_square("resnet", 128, channels, size) for channels, size in _RESNET[2:]),
+    *(_square("vgg", 128, layer.c, layer.h) for layer in VGG if layer.n == 1),
 )
 
 # Six equal layers in a row, for peers that pay for converting a network's input and output once.

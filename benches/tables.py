@@ -114,6 +114,8 @@ def markdown(content: dict) -> str:
 
 
 def _machine_line(machine: dict, environment: dict) -> str:
+    if "gpu" in machine:
+        return machine["gpu"]
     return (
         f"{machine['cpu']}, {environment['threads']} threads, "
         f"{environment['isa'] or 'no native library'}, torch {environment['torch']}, "
@@ -149,6 +151,8 @@ def fill(text: str, folder: Path | None) -> str:
             if folder
             else []
         )
+        # A GPU's folder has what gpu-check wrote, too.
+        contents = [content for content in contents if "table" in content]
         if name != "summary":
             contents = [content for content in contents if content["table"] == name]
         if not contents:
@@ -169,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--results",
         type=Path,
-        help="a folder of results (default: the newest under benches/results)",
+        help="a folder of results (default: a processor's newest under benches/results)",
     )
     parser.add_argument(
         "--check",
@@ -178,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     folders = [
-        path for path in (Path(__file__).parent / "results").glob("*") if any(path.glob("*.json"))
+        path
+        for path in (Path(__file__).parent / "results").glob("*")
+        if any(path.glob("*.json")) and not (path / "machine.json").exists()  # not a GPU's
     ]
     newest = max(
         folders, key=lambda f: max(p.stat().st_mtime for p in f.glob("*.json")), default=None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The benches' own machinery: the registry, the tables, and the `compare` fixture on functions that
-take no time."""
+take no time but on its clock."""
 
 import importlib.util
 import json
@@ -137,6 +137,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- compare
 
+# The clock of these benches: time passes where something sleeps, and a little at each look, since
+# who waits for a clock to move must not wait for ever. A plugin, so that it is there before
+# conftest.py and pytest-benchmark take the true one, in the processes that they start too.
+CLOCK = """
+import time
+
+now = 0.0
+
+def sleep(seconds):
+    global now
+    now += seconds
+
+def look():
+    global now
+    now += 1e-9
+    return now
+
+time.sleep, time.perf_counter = sleep, look
+"""
+
 TINY = '''
 import os, time
 import pytest, torch
@@ -202,14 +222,17 @@ def tiny(tmp_path_factory):
     for name in ("conftest.py", "tables.py"):
         shutil.copy(BENCHES / name, folder)
     (folder / "bench_tiny.py").write_text(TINY)
+    (folder / "clock.py").write_text(CLOCK)
     (folder / "pytest.ini").write_text(
-        "[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib\n"
+        "[pytest]\npython_files = bench_*.py\n"
+        "addopts = -p clock --import-mode=importlib --benchmark-timer=clock.look\n"
     )
     root = str(Path(__file__).parents[1])
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("PYWINO_BENCH", "PYTEST"))
     }
-    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    path = [str(folder), root, environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     options = [
         "--benchmark-only",
         "--benchmark-json=saved.json",
@@ -240,9 +263,10 @@ def test_compare_measures_the_better_candidate_against_the_better_peer(tiny):
     (plain,) = rows(tiny, "plain").values()
     assert plain["algorithm"] == "f4"
     assert plain["against"] == "fast"
-    assert 1.4 < plain["ratio"] < 2.6
-    assert 3 < plain["ratios"]["slow"] < 5
-    assert plain["ratios"]["other"] < 1
+    assert plain["ms"] == pytest.approx(2, rel=1e-3)
+    assert plain["ratio"] == pytest.approx(2, rel=1e-3)
+    assert plain["ratios"]["slow"] == pytest.approx(4, rel=1e-3)
+    assert plain["ratios"]["other"] == pytest.approx(0.5, rel=1e-3)
     assert plain["error"] == 0
     assert plain["peers_error"]["fast"] == 0 < plain["peers_error"]["other"]
     assert plain["environment"]["threads"] == 1
@@ -259,17 +283,16 @@ def test_compare_hands_ours_to_pytest_benchmark(tiny):
     plain = saved["test_plain"]
     assert plain["group"] == "plain"
     assert plain["extra_info"]["ratio"] == rows(tiny, "plain")["plain"]["ratio"]
-    assert 0.0015 < plain["stats"]["median"] < 0.0045
-    assert plain["stats"]["rounds"] >= 7
+    assert plain["stats"]["median"] == pytest.approx(2e-3, rel=1e-3)
+    assert plain["stats"]["rounds"] == 60  # 2 s of 15 ms a round, and no more than 60
     assert tiny[2]["machine_info"]["pywino"]["threads"] == 1
 
 
 def test_calls_are_divided(tiny):
     (calls,) = rows(tiny, "calls").values()
-    assert 0.9 < calls["ms"] < 3
-    assert 1.2 < calls["ratio"] < 2.8
-    assert calls["note"].startswith("calls: -")
-    assert calls["note"].endswith(" µs a call.")
+    assert calls["ms"] == pytest.approx(1, rel=1e-3)
+    assert calls["ratio"] == pytest.approx(2, rel=1e-3)
+    assert calls["note"] == "calls: -1000.0 µs a call."
 
 
 def test_errors_come_before_times(tiny):
@@ -284,11 +307,11 @@ def test_rows_with_an_environment_run_elsewhere(tiny):
     output, _, saved = tiny
     found = rows(tiny, "elsewhere")
     assert list(found) == ["0"]
-    assert 2 < found["0"]["ratio"] < 4.5
+    assert found["0"]["ratio"] == pytest.approx(3, rel=1e-3)
     assert found["0"]["environment"]["allocator"] == "default"
     replayed = {b["name"]: b for b in saved["benchmarks"]}["test_elsewhere[0]"]
     assert replayed["stats"]["rounds"] == found["0"]["rounds"]
-    assert replayed["stats"]["median"] == pytest.approx(found["0"]["ms"] / 1e3, rel=0.3)
+    assert replayed["stats"]["median"] == pytest.approx(1e-3, rel=1e-3)
     assert "the second one fails" in output
     assert "1 skipped" in output
 
