@@ -173,6 +173,8 @@ class DynamicBatchController:
         )
         self.epoch += 1
         self._samples = 0
+        if self.optimizer.sampler is not None:
+            self.optimizer.sampler.close()
         fell = accuracy < self._last
         gained = accuracy > self.best
         self._last, self.best = accuracy, max(accuracy, self.best)

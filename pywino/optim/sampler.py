@@ -83,6 +83,7 @@ class DynamicBatchSampler(Sampler[list[int]]):
         self.consumed = 0  # samples of this epoch, of all ranks
         self._pending: deque[int] = deque()  # sizes of batches that were made and not yet consumed
         self._resumed = False
+        self._closed = False
         self._optimizer = optimizer
         optimizer.sampler = self
         optimizer._resize()
@@ -101,6 +102,7 @@ class DynamicBatchSampler(Sampler[list[int]]):
         if not self._resumed:
             self.epoch += 1
             self.consumed = 0
+            self._closed = False
         self._resumed = False
         self._pending.clear()
         order = self._order()
@@ -132,6 +134,10 @@ class DynamicBatchSampler(Sampler[list[int]]):
         self.consumed += size
         return size
 
+    def close(self) -> None:
+        """The epoch is over; the controller calls it."""
+        self._closed = True
+
     def _scaled(self, gradient):
         """This rank's mean gradient, for a mean over ranks that is the mean over samples."""
         size = self._pending[0] if self._pending else 0
@@ -142,17 +148,19 @@ class DynamicBatchSampler(Sampler[list[int]]):
 
     def state_dict(self) -> dict:
         """Plain numbers: the epoch, the samples that were consumed, the batches under way."""
+        consumed = not self._pending and self.consumed == len(self.indices)
         return {
             "seed": self.seed,
             "samples": len(self.indices),
             "epoch": self.epoch,
             "consumed": self.consumed,
             "pending": list(self._pending),
+            "closed": self._closed or (consumed and self._optimizer.controller is None),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """The next iteration goes on with the epoch of `state`; with the next one if that was
-        consumed to its end. Load the optimizer's state first."""
+        """The next iteration goes on with the epoch of `state`, or with the next one if that was
+        over: closed by the controller's `step` or, without a controller, consumed to its end."""
         for name, mine in (("samples", len(self.indices)), ("seed", self.seed)):
             if state[name] != mine:
                 raise ValueError(
@@ -162,9 +170,5 @@ class DynamicBatchSampler(Sampler[list[int]]):
         self.epoch = state["epoch"]
         self.consumed = state["consumed"]
         self._pending = deque(state["pending"])
-        self._resumed = self.epoch >= 0 and not self._finished()
-
-    def _finished(self):
-        left = len(self.indices) - self.consumed
-        tail = self.drop_last and left < self._optimizer.batch_size
-        return not self._pending and (left == 0 or tail)
+        self._closed = state["closed"]
+        self._resumed = self.epoch >= 0 and not self._closed

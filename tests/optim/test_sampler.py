@@ -82,10 +82,23 @@ def test_drop_last():
     opt = optimizer()
     sampler = DynamicBatchSampler(300, opt, drop_last=True)
     assert [len(batch) for batch in epoch(sampler, opt)] == [128, 128]
-    state = sampler.state_dict()
-    sampler.load_state_dict(state)
-    assert len(epoch(sampler, opt)) == len(sampler) == 2  # the next epoch, not the dropped rest
-    assert sampler.epoch == 1
+    assert len(sampler) == 2
+
+
+def test_state_at_the_end_of_an_epoch():
+    """Without a controller the next epoch comes next; with one, the rest of the old one, which is
+    nothing, until it is closed."""
+    opt = optimizer()
+    sampler = DynamicBatchSampler(300, opt)
+    epoch(sampler, opt)
+    sampler.load_state_dict(sampler.state_dict())
+    assert (len(epoch(sampler, opt)), sampler.epoch) == (3, 1)
+    control = DynamicBatchController(opt, 9)
+    sampler.load_state_dict(sampler.state_dict())
+    assert (len(epoch(sampler, opt)), sampler.epoch) == (0, 1)
+    control.step(0.5)
+    sampler.load_state_dict(sampler.state_dict())
+    assert (len(epoch(sampler, opt)), sampler.epoch) == (3, 2)
 
 
 def test_a_broken_loop_starts_a_new_epoch():
