@@ -3,7 +3,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -135,12 +135,19 @@ class MicroBatches:
         opt.step()
 
     The gradient is that of the whole batch, with loss(output, target) a mean over samples;
-    BatchNorm sees the parts. `size` is the largest part (None: the whole batch). When memory runs
-    out, it is halved for good and the batch is done again. A DistributedDataParallel model waits
-    for its other ranks in the middle of a backward pass, so there memory that runs out is an error:
-    set `size` by `find_capacity` beforehand."""
+    BatchNorm sees the parts. `context()` is around each forward pass, for autocast. `size` is the
+    largest part (None: the whole batch). When memory runs out, it is halved for good and the batch
+    is done again. A DistributedDataParallel model waits for its other ranks in the middle of a
+    backward pass, so there memory that runs out is an error: set `size` by `find_capacity`
+    beforehand."""
 
-    def __init__(self, model: nn.Module, loss: Loss, size: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        size: int | None = None,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         if size is not None and (not isinstance(size, int) or size < 1):
             raise ValueError(
                 f"pywino.optim.MicroBatches: size must be None or an integer >= 1, got {size!r}"
@@ -148,6 +155,7 @@ class MicroBatches:
         self.model = model
         self.loss = loss
         self.size = size
+        self.context = context
 
     def backward(self, input: Tensor, target: Tensor) -> Tensor:
         """Sets the parameters' gradients to those of this batch, and returns its loss."""
@@ -177,7 +185,8 @@ class MicroBatches:
             # Ranks exchange gradients once, in the last part.
             wait = nullcontext() if last or not hasattr(self.model, "no_sync") else None
             with wait or self.model.no_sync():
-                part = self.loss(self.model(x), y) * (len(x) / len(input))
+                with self.context():
+                    part = self.loss(self.model(x), y) * (len(x) / len(input))
                 part.backward()
             total += part.detach()
         return total

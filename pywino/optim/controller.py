@@ -69,6 +69,7 @@ class DynamicBatchController:
         epochs: of the whole schedule, which ends there: `done` is True, and one more step raises.
         warmup: the part of the epochs that the warm-up takes; 0 for none.
         every: epochs between two doublings of eta.
+        grow: False keeps the batch: the plateau follows the warm-up, and nothing doubles or rises.
         k: of the momentum's law; a smaller one takes m higher.
         law: "m" (m'' = -k / m, as drawn in the paper) or "y" ((1 - m)'' = k / (1 - m), as printed).
         patience, decay: on the plateau eta is multiplied by `decay` after `patience` epochs without
@@ -86,6 +87,7 @@ class DynamicBatchController:
         *,
         warmup: float = 0.1,
         every: int = 2,
+        grow: bool = True,
         k: float = 1.6,
         law: str = "m",
         patience: int = 5,
@@ -114,7 +116,8 @@ class DynamicBatchController:
         self._highest = _highest(base_momentum, k, law) if rises else base_momentum
 
         self.epoch = 0  # finished ones
-        self.phase = "warm-up" if warmup else "lr"
+        self._after_warmup = "lr" if grow else "plateau"
+        self.phase = "warm-up" if warmup else self._after_warmup
         self.reason = "start"
         self.best = -math.inf
         self.history: list[dict] = []
@@ -204,7 +207,7 @@ class DynamicBatchController:
         passed = self.t / self.warmup
         self._factor = min(1.0, 0.5 + 0.5 * passed)
         if passed >= 1:
-            self._enter("lr", "warm-up has passed")
+            self._enter(self._after_warmup, "warm-up has passed")
 
     def _grow_lr(self, fell):
         if fell:

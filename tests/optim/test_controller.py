@@ -195,6 +195,16 @@ def test_without_momentum():
     assert control.phase == "plateau"
 
 
+def test_without_growth():
+    opt, sampler, control = setup(grow=False, patience=2, epochs=10)
+    for accuracy in (0.1, 0.2, 0.3, 0.3, 0.2):
+        epoch(opt, sampler, control, accuracy)
+        assert control.phase == "plateau"
+        assert (momentum(opt), opt.batch_size) == (0.9, 128)
+    assert lr(opt) == pytest.approx(0.002)
+    assert setup(grow=False, warmup=0)[2].phase == "plateau"
+
+
 def test_groups_keep_their_ratio():
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     opt = DynamicBatchSGDM([{"params": [a]}, {"params": [b], "lr": 0.002}], lr=0.02)
