@@ -38,6 +38,7 @@ _HOMES = {
 }
 _MODULES = frozenset(
     {"backends", "functional", "models", "nn", "ops", "planner", "reference", "swap", "testing"}
+    | {"data", "optim", "train"}
 )
 
 __all__ = [*sorted(_HOMES), "__version__", "backends", "testing"]

@@ -32,3 +32,16 @@ def _demo(context: click.Context) -> None:
     from pywino.cli.demo import demo
 
     demo.main(args=context.args, prog_name=context.command_path)
+
+
+@main.command(
+    "train",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.pass_context
+def _train(context: click.Context) -> None:
+    """Train a reference model."""
+    from pywino.cli.train import train
+
+    train.main(args=context.args, prog_name=context.command_path)

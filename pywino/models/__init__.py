@@ -1,13 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Reference models in plain `torch.nn`; `pywino.swap_` turns their convolutions.
+"""Reference models in plain `torch.nn`; `pywino.swap_` turns their convolutions. Those that are
+trained here also come with pywino's layers: `conv="winograd"` or `"winograd_relu"`.
 
-Parameter names are those of the published checkpoints (torchvision's for VGG and ResNet, the
-authors' for SAPNet), so weights go in and out unchanged, before and after a swap.
+Parameter names of VGG (224), ResNet-50 and SAPNet are those of the published checkpoints
+(torchvision's, the authors'), so weights go in and out unchanged, before and after a swap.
 """
 
-from pywino.models.resnet import ResNet, resnet50
+from pywino.models.alexnet import AlexNet, alexnet
+from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
+from pywino.models.resnet import ResNet, resnet18, resnet32, resnet50
 from pywino.models.sapnet import SAPNet, sapnet
+from pywino.models.stack import WeightedAverageStack
 from pywino.models.vgg import VGG, vgg16
 from pywino.models.weights import load_weights
 
-__all__ = ["VGG", "ResNet", "SAPNet", "load_weights", "resnet50", "sapnet", "vgg16"]
+__all__ = [
+    "VGG",
+    "AlexNet",
+    "AllConv",
+    "ResNet",
+    "SAPNet",
+    "WeightedAverageStack",
+    "alexnet",
+    "all_cnn_c",
+    "convpool_cnn_c",
+    "load_weights",
+    "resnet18",
+    "resnet32",
+    "resnet50",
+    "sapnet",
+    "vgg16",
+]

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The rows of a run as files: JSON lines, CSV, a picture."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from pywino.train.checkpoint import write_whole
+
+_BLUE, _GREY = "#2a6f97", "#9aa5b1"
+
+
+def write_curves(folder: Path, rows: list[dict], title: str) -> None:
+    """log.jsonl, curves.csv and, where matplotlib is installed, curves.png."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(folder / "log.jsonl", lines.encode())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "curves.csv", text.getvalue().encode())
+    picture = draw(rows, title)
+    if picture is not None:
+        write_whole(folder / "curves.png", picture)
+
+
+def draw(rows: list[dict], title: str) -> bytes | None:
+    """PNG of accuracy, batch size, learning rate and momentum over the epochs; None without
+    matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [row["epoch"] + 1 for row in rows]
+    panels = {
+        "accuracy": {"test_accuracy": _BLUE, "held_out_accuracy": _GREY},
+        "batch size": {"batch_size": _BLUE},
+        "learning rate": {"lr": _BLUE},
+        "momentum": {"momentum": _BLUE},
+    }
+    for axes, (label, columns) in zip(figure.subplots(2, 2).flat, panels.items()):
+        for name, color in columns.items():
+            axes.plot(epochs, [row[name] for row in rows], ".-", color=color, label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        if len(columns) > 1:
+            axes.legend(fontsize=8)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
