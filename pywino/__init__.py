@@ -20,8 +20,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "channel_residual_attention": "pywino.functional",
     "conv2d": "pywino.functional",
+    "conv_lstm_cell": "pywino.functional",
     "winograd_relu_conv2d": "pywino.functional",
     "ChannelResidualAttention": "pywino.nn",
+    "ConvLSTMCell": "pywino.nn",
     "WinogradConv2d": "pywino.nn",
     "WinogradReLUConv2d": "pywino.nn",
     "freeze_": "pywino.nn.winograd",
@@ -43,8 +45,13 @@ __all__ = [*sorted(_HOMES), "__version__", "backends", "testing"]
 
 if TYPE_CHECKING:
     from pywino import backends, functional, models, nn, ops, planner, reference, swap, testing
-    from pywino.functional import channel_residual_attention, conv2d, winograd_relu_conv2d
-    from pywino.nn import ChannelResidualAttention, WinogradConv2d, WinogradReLUConv2d
+    from pywino.functional import (
+        channel_residual_attention,
+        conv2d,
+        conv_lstm_cell,
+        winograd_relu_conv2d,
+    )
+    from pywino.nn import ChannelResidualAttention, ConvLSTMCell, WinogradConv2d, WinogradReLUConv2d
     from pywino.nn.winograd import freeze_, invalidate_
     from pywino.swap import (
         Winograd,

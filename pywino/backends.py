@@ -126,3 +126,4 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
 register("cpu", "channel_residual_attention", _elementwise_cpu)
+register("cpu", "conv_lstm_cell", _elementwise_cpu)

@@ -2,10 +2,12 @@
 """The layers."""
 
 from pywino.nn.channel_attention import ChannelResidualAttention
+from pywino.nn.conv_lstm import ConvLSTMCell
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d, freeze_, invalidate_
 
 __all__ = [
     "ChannelResidualAttention",
+    "ConvLSTMCell",
     "WinogradConv2d",
     "WinogradReLUConv2d",
     "freeze_",
