@@ -21,9 +21,11 @@ _HOMES = {
     "channel_residual_attention": "pywino.functional",
     "conv2d": "pywino.functional",
     "conv_lstm_cell": "pywino.functional",
+    "dilated_conv2d": "pywino.functional",
     "winograd_relu_conv2d": "pywino.functional",
     "ChannelResidualAttention": "pywino.nn",
     "ConvLSTMCell": "pywino.nn",
+    "DilatedConv2d": "pywino.nn",
     "WinogradConv2d": "pywino.nn",
     "WinogradReLUConv2d": "pywino.nn",
     "freeze_": "pywino.nn.winograd",
@@ -49,9 +51,16 @@ if TYPE_CHECKING:
         channel_residual_attention,
         conv2d,
         conv_lstm_cell,
+        dilated_conv2d,
         winograd_relu_conv2d,
     )
-    from pywino.nn import ChannelResidualAttention, ConvLSTMCell, WinogradConv2d, WinogradReLUConv2d
+    from pywino.nn import (
+        ChannelResidualAttention,
+        ConvLSTMCell,
+        DilatedConv2d,
+        WinogradConv2d,
+        WinogradReLUConv2d,
+    )
     from pywino.nn.winograd import freeze_, invalidate_
     from pywino.swap import (
         Winograd,

@@ -3,11 +3,13 @@
 
 from pywino.nn.channel_attention import ChannelResidualAttention
 from pywino.nn.conv_lstm import ConvLSTMCell
+from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d, freeze_, invalidate_
 
 __all__ = [
     "ChannelResidualAttention",
     "ConvLSTMCell",
+    "DilatedConv2d",
     "WinogradConv2d",
     "WinogradReLUConv2d",
     "freeze_",

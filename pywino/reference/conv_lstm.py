@@ -11,8 +11,8 @@ def conv_lstm_cell(input, state, weight, bias=None):
         a = conv([input, h]);   i, f, g, o = sigma(a_i), sigma(a_f), tanh(a_g), sigma(a_o)
         c' = f c + i g;         h' = o tanh(c')
 
-    input (N, I, H, W); state (h, c), each (N, C, H, W), or None for zeros; weight (4 C, I + C, k, k)
-    with k odd, the gates in the order i, f, g, o; bias (4 C,) or None. Returns (h', c')."""
+    input (N, I, H, W); state (h, c), each (N, C, H, W), or None for zeros; bias (4 C,) or None;
+    weight (4 C, I + C, k, k) with k odd, the gates in the order i, f, g, o. Returns (h', c')."""
     hidden, cell = (None, None) if state is None else state
     if hidden is None:
         weight = weight[:, : input.shape[1]]

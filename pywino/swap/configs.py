@@ -20,6 +20,9 @@ from torch.nn.utils import parametrize
 
 from pywino import planner
 from pywino.backends import Call
+from pywino.nn.channel_attention import ChannelResidualAttention
+from pywino.nn.conv_lstm import ConvLSTMCell
+from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.ops.winograd import winograd_transform_filter
 from pywino.swap.report import Layer
@@ -106,6 +109,9 @@ class Handler:
 
 
 HANDLERS: dict[type, Handler] = {}
+
+# Layers that no config makes of another one; users build them, and `restore_` knows the way back.
+BUILT: tuple[type[nn.Module], ...] = (DilatedConv2d, ChannelResidualAttention, ConvLSTMCell)
 
 
 def register(config: type, handler: Handler) -> None:
