@@ -94,10 +94,23 @@ class ChannelResidualAttention(ChannelAttention):
             residual_activation=residual_activation,
         )
 
+    @classmethod
+    def from_dense(cls, gate, paths):
+        """A layer that shares the layers, names and hooks of another gate, such as an SE module;
+        `paths` (GatePaths) names its layers with W1, W2 and W3."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(gate.__dict__)
+        layer.paths = GatePaths(*paths)
+        layer.dense_class = type(gate)
+        return layer
+
     def to_dense(self):
-        """The module of PyTorch's own operations that shares this one's layers and hooks."""
-        dense = ChannelAttention.__new__(ChannelAttention)
-        dense.__dict__.update(self.__dict__)
+        """The module of PyTorch's own operations that shares this one's layers and hooks: of the
+        class that it was made from."""
+        kind = self.__dict__.get("dense_class", ChannelAttention)
+        own = ("dense_class",) if kind is ChannelAttention else ("dense_class", "paths")
+        dense = kind.__new__(kind)
+        dense.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         return dense
 
 
