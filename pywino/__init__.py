@@ -30,6 +30,7 @@ _HOMES = {
     "WinogradReLUConv2d": "pywino.nn",
     "freeze_": "pywino.nn.winograd",
     "invalidate_": "pywino.nn.winograd",
+    "Attention": "pywino.swap",
     "Winograd": "pywino.swap",
     "WinogradReLU": "pywino.swap",
     "convert_": "pywino.swap",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     )
     from pywino.nn.winograd import freeze_, invalidate_
     from pywino.swap import (
+        Attention,
         Winograd,
         WinogradReLU,
         convert_,
