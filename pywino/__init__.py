@@ -21,12 +21,19 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported at first use, so that `import pywino` stays quick.
 _HOMES = {
+    "channel_residual_attention": "pywino.functional",
     "conv2d": "pywino.functional",
+    "conv_lstm_cell": "pywino.functional",
+    "dilated_conv2d": "pywino.functional",
     "winograd_relu_conv2d": "pywino.functional",
+    "ChannelResidualAttention": "pywino.nn",
+    "ConvLSTMCell": "pywino.nn",
+    "DilatedConv2d": "pywino.nn",
     "WinogradConv2d": "pywino.nn",
     "WinogradReLUConv2d": "pywino.nn",
     "freeze_": "pywino.nn.winograd",
     "invalidate_": "pywino.nn.winograd",
+    "Attention": "pywino.swap",
     "Winograd": "pywino.swap",
     "WinogradReLU": "pywino.swap",
     "convert_": "pywino.swap",
@@ -45,10 +52,23 @@ __all__ = [*sorted(_HOMES), "__version__", "backends", "testing"]
 
 if TYPE_CHECKING:
     from pywino import backends, functional, models, nn, ops, planner, reference, swap, testing
-    from pywino.functional import conv2d, winograd_relu_conv2d
-    from pywino.nn import WinogradConv2d, WinogradReLUConv2d
+    from pywino.functional import (
+        channel_residual_attention,
+        conv2d,
+        conv_lstm_cell,
+        dilated_conv2d,
+        winograd_relu_conv2d,
+    )
+    from pywino.nn import (
+        ChannelResidualAttention,
+        ConvLSTMCell,
+        DilatedConv2d,
+        WinogradConv2d,
+        WinogradReLUConv2d,
+    )
     from pywino.nn.winograd import freeze_, invalidate_
     from pywino.swap import (
+        Attention,
         Winograd,
         WinogradReLU,
         convert_,

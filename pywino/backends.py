@@ -184,6 +184,21 @@ def _winograd(call):
     return None
 
 
+def _elementwise_cpu(call, algorithm):
+    if call.device != "cpu":
+        return f"the tensors are on {call.device}"
+    if not native.loaded:
+        return f"the native library is not loaded: {native.reason}"
+    if algorithm != "auto":
+        return f"it has one algorithm, not {algorithm}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = str(call.dtype).removeprefix("torch.")
+        return f"it computes float32, bfloat16 and float16, not {dtype}"
+    if min(call.n, call.c, call.h, call.w) < 1:
+        return "the call is empty"
+    return None
+
+
 def _listed(names):
     return ", ".join(names)
 
@@ -191,6 +206,8 @@ def _listed(names):
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
+register("cpu", "channel_residual_attention", _elementwise_cpu)
+register("cpu", "conv_lstm_cell", _elementwise_cpu)
 for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_conv2d"):
     register("cuda", _op, _winograd_cuda)
 for _op in ("", "_backward_input", "_backward_weight"):

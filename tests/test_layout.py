@@ -16,12 +16,20 @@ PACKAGE = ROOT / "pywino"
 # The one list of rooms is in CMakeLists.txt.
 ROOMS = re.search(r"set\(PYWINO_ROOMS ([\w ]+)\)", (ROOT / "CMakeLists.txt").read_text())[1].split()
 
-FILES_OF_A_ROOM = [
+# Rooms whose kernels are those of the rooms that they call; their README says why.
+BORROWING_ROOMS = ["dilated_conv"]
+ALL_ROOMS = [*ROOMS, *BORROWING_ROOMS]
+# Which other rooms' functions and ops a room may call.
+CALLS = {"conv_lstm": {"winograd"}, "dilated_conv": {"winograd"}}
+
+NATIVE_FILES_OF_A_ROOM = [
     "csrc/core/{0}/{0}.h",
     "csrc/core/{0}/dispatch.cpp",
     "csrc/core/{0}/cpu*.cpp",
-    "csrc/core/{0}/README.md",
     "csrc/torch/{0}.cpp",
+]
+FILES_OF_A_ROOM = [
+    "csrc/core/{0}/README.md",
     "pywino/reference/{0}.py",
     "pywino/ops/{0}.py",
     "pywino/functional/{0}.py",
@@ -61,20 +69,34 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.parametrize("pattern", FILES_OF_A_ROOM)
+@pytest.mark.parametrize("room", ALL_ROOMS)
+@pytest.mark.parametrize("pattern", [*NATIVE_FILES_OF_A_ROOM, *FILES_OF_A_ROOM])
 def test_every_room_is_on_every_floor(room, pattern):
-    assert list(ROOT.glob(pattern.format(room))), f"{pattern.format(room)} is missing"
+    wanted = room in ROOMS or pattern in FILES_OF_A_ROOM
+    found = list(ROOT.glob(pattern.format(room)))
+    assert bool(found) == wanted, f"{pattern.format(room)} is missing, or {found} should not be"
 
 
 @pytest.mark.parametrize("floor", ["reference", "ops", "functional", "nn"])
 def test_no_floor_has_a_room_of_its_own(floor):
     modules = {path.stem for path in (PACKAGE / floor).glob("*.py") if path.name[0] != "_"}
-    assert modules == set(ROOMS)
+    assert modules == set(ALL_ROOMS)
+
+
+@pytest.mark.parametrize("floor", ["reference", "ops", "functional"])
+@pytest.mark.parametrize("room", ALL_ROOMS)
+def test_rooms_call_one_another_by_the_list(room, floor):
+    text = (PACKAGE / floor / f"{room}.py").read_text(encoding="utf-8")
+    named = {
+        other
+        for other in ALL_ROOMS
+        if re.search(rf"pywino\.(reference|ops|functional)(\.| import ){other}\b", text)
+    }
+    assert named <= {room} | CALLS.get(room, set())
 
 
 def test_no_native_room_is_missing_from_the_list():
-    assert {path.name for path in CORE.iterdir() if path.is_dir()} == {*ROOMS, "common"}
+    assert {path.name for path in CORE.iterdir() if path.is_dir()} == {*ALL_ROOMS, "common"}
     bindings = {path.stem for path in (ROOT / "csrc" / "torch").glob("*.cpp")}
     assert {name.removesuffix("_cuda") for name in bindings} == set(ROOMS)
 

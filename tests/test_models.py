@@ -4,6 +4,7 @@ in safely."""
 
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import pywino
 from pywino.models import load_weights, resnet50, sapnet, vgg16
 
 
@@ -111,10 +113,13 @@ def reference_sapnet(state, y, dilation, stages):
     return outputs
 
 
+@pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("dilation", [(1, 2, 4, 8, 16), (1, 1, 1, 1, 1)])
-def test_sapnet_is_its_equations(dilation):
+def test_sapnet_is_its_equations(dilation, restored):
     torch.manual_seed(0)
     model = sapnet(dilation=dilation, stages=3).double().eval()
+    if restored:
+        pywino.restore_(model, strict=True)
     y = torch.rand(2, 3, 21, 34, dtype=torch.float64)
     with torch.no_grad():
         got = model(y, return_stages=True)
@@ -142,7 +147,13 @@ def test_sapnet_attentions():
 
 
 def test_sapnet_keeps_channels_last():
-    model = sapnet(stages=2).to(memory_format=torch.channels_last).eval()
+    """Every convolution that is called as a module gets what the input is."""
+    for built, called in ((sapnet(stages=2), 11), (pywino.restore_(sapnet(stages=2)), 16)):
+        model = built.to(memory_format=torch.channels_last).eval()
+        assert _formats_of_inputs(model) == [True] * 2 * called
+
+
+def _formats_of_inputs(model):
     seen = []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
@@ -153,14 +164,63 @@ def test_sapnet_keeps_channels_last():
             )
     with torch.no_grad():
         model(torch.rand(1, 3, 20, 30).contiguous(memory_format=torch.channels_last))
-    assert len(seen) == 2 * 16
-    assert all(seen)
+    return seen
 
 
-def test_sapnet_trains():
+@pytest.mark.parametrize("attention", ["cra", "ca", "se", None])
+def test_sapnet_on_pywinos_and_on_torchs_layers(attention):
+    """One function, one state_dict, one set of parameters; back again by swap_."""
+    torch.manual_seed(0)
+    model = sapnet(attention, stages=2).eval()
+    kinds = {type(m) for m in model.modules() if "pywino.nn" in type(m).__module__}
+    assert kinds >= {pywino.WinogradConv2d, pywino.DilatedConv2d}
+    assert (pywino.ChannelResidualAttention in kinds) == (attention is not None)
+    names, y = list(model.state_dict()), torch.rand(1, 3, 24, 20)
+    with torch.no_grad():
+        ours = model(y)
+        before = list(model.parameters())
+        torchs = pywino.restore_(model, strict=True)
+        assert list(torchs.state_dict()) == names
+        assert all(a is b for a, b in zip(before, torchs.parameters(), strict=True))
+        pywinos = (pywino.WinogradConv2d, pywino.ChannelResidualAttention)
+        assert not any(isinstance(m, pywinos) for m in torchs.modules())
+        torch.testing.assert_close(torchs(y), ours)
+        again = pywino.swap_(torchs)
+        assert type(again.conv0[0]) is pywino.WinogradConv2d
+        torch.testing.assert_close(again(y), ours)
+
+
+def test_sapnet_computes_the_inputs_part_of_conv0_once(monkeypatch):
+    module = sys.modules["pywino.models.sapnet"]  # its name in the package is the function's
+    seen = []
+    run = module._run
+    monkeypatch.setattr(module, "_run", lambda *a: (seen.append(a[2].shape[1]), run(*a))[1])
+    with torch.no_grad():
+        sapnet(stages=3)(torch.rand(1, 3, 12, 12))
+    assert seen == [3, 3, 3, 3]  # one of the input, one for each stage's estimate
+
+
+def test_sapnet_gradients_are_those_of_torchs_layers():
+    torch.manual_seed(0)
+    model = sapnet(stages=2)
+    y = torch.rand(2, 3, 20, 20)
+
+    def gradients():
+        return torch.autograd.grad(model(y).square().mean(), list(model.parameters()))
+
+    ours = gradients()
+    pywino.restore_(model, strict=True)
+    for a, b in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_sapnet_trains(restored):
     """Every parameter gets a gradient, in-place ReLUs included."""
     torch.manual_seed(0)
     model = sapnet(stages=2)
+    if restored:
+        pywino.restore_(model)
     model(torch.rand(2, 3, 20, 20)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -186,11 +246,16 @@ def test_sapnet_refuses(arguments, word):
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-def test_published_weights(data):
-    """They load by name, and take the rain out of the authors' own example."""
+@pytest.mark.parametrize("restored", [False, True])
+def test_published_weights(data, restored):
+    """They load by name, take the rain out of the authors' own example, and give what the authors'
+    network gives in exact arithmetic, to what float32 allows."""
     from PIL import Image
 
-    model = sapnet(weights=data / "sapnet" / "net_latest.pth").eval()
+    path = data / "sapnet" / "net_latest.pth"
+    model = sapnet(weights=path).eval()
+    if restored:
+        pywino.restore_(model, strict=True)
 
     def image(name):
         return (
@@ -198,9 +263,14 @@ def test_published_weights(data):
         )
 
     rainy, derained = image("rain-064.jpg"), image("Ours-064.jpg")
+    y = torch.from_numpy(rainy).permute(2, 0, 1)[None].contiguous()
     with torch.no_grad():
-        output = model(torch.from_numpy(rainy).permute(2, 0, 1)[None]).clamp(0, 1)
-    output = output[0].permute(1, 2, 0).numpy()
+        output = model(y)
+        part = y[..., :96, :128]
+        state = {k: v.double() for k, v in sapnet(weights=path).state_dict().items()}
+        exact = reference_sapnet(state, part.double(), (1, 2, 4, 8, 16), 6)[-1]
+        assert (model(part) - exact).abs().max() <= (1e-5 if restored else 3e-5)
+    output = output.clamp(0, 1)[0].permute(1, 2, 0).numpy()
 
     def psnr(a):
         return -10 * np.log10(((a - derained) ** 2).mean())

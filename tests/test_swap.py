@@ -1035,7 +1035,8 @@ def test_fuse_the_models_of_the_package(name):
     elif name == "resnet50":
         net, x, expected = make_net(models.resnet50()), images(1, 64), 13
     else:
-        net, x, expected = models.sapnet(stages=2), images(1, 16), 1
+        # Its forward calls pywino's functions, which torch.fx cannot trace: it fuses for itself.
+        net, x, expected = models.sapnet(stages=2), images(1, 16), 0
     net = pywino.swap_(net.eval())
     with torch.no_grad():
         before = net(x)

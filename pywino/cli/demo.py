@@ -281,12 +281,13 @@ def measure(
     progress("building", 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = job.build().eval()
+        built = job.build().eval()
     x = _input(job)
     inputs = {key: x.contiguous(memory_format=form) for key, form in FORMATS.items()}
-    plain = {"nchw": model}
-    plain["channels_last"] = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    swapped = {key: _twin(net) for key, net in plain.items()}
+    swapped = {"nchw": built}
+    swapped["channels_last"] = copy.deepcopy(built).to(memory_format=torch.channels_last)
+    # SAPNet is built on pywino's layers.
+    plain = {key: pywino.restore_(_twin(net)) for key, net in swapped.items()}
     for key, net in swapped.items():
         progress(f"choosing kernels, {key}", 0.1)
         swapped[key] = pywino.swap_(net, pywino.Winograd(), example=inputs[key], progress=False)
@@ -330,7 +331,7 @@ def measure(
         "after": passes["after", best_after].output,
     }
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
+        exact = copy.deepcopy(plain["nchw"]).double()(x.double())
     size = f"{job.size[0]}×{job.size[1]} (height × width)"
     result = Result(
         name=job.name,

@@ -10,6 +10,15 @@ Six stages share one set of weights. A stage sees the rainy image y and the last
 
 A block is conv, attention, ReLU, conv, attention, ReLU. Parameter names are those of the authors'
 file.
+
+Built on pywino's layers, a stage is computed as
+
+    a = ReLU(conv0's x part of x + Y)     Y = conv0's y part of y, once for all stages
+    h, c = conv_lstm_cell(a, (h, c))      one convolution for the four gates
+    s = block(s)                          each gate with the ReLU and the sum behind it in one pass
+    x = conv(s) + y                       the sum inside the convolution's kernel
+
+`pywino.restore_` puts PyTorch's layers there; then the equations above run as they stand.
 """
 
 import os
@@ -19,43 +28,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pywino.functional.conv_lstm import conv_lstm_cell
+from pywino.functional.winograd import run_conv2d
 from pywino.models.weights import load_weights
+from pywino.nn.channel_attention import ChannelResidualAttention, GatePaths
+from pywino.nn.dilated_conv import DilatedConv2d
+from pywino.nn.winograd import WinogradConv2d
 
 _CHANNELS = 32
 _REDUCTION = 16
 
 
-class _ChannelAttention(nn.Module):
-    """x * sigmoid(W2 ReLU(W1 z)), with z the spatial mean of x; (N, C, H, W) -> the same."""
-
-    def __init__(self, channels: int, reduction: int = _REDUCTION):
-        super().__init__()
-        self.conv_du = nn.Sequential(
-            nn.Conv2d(channels, channels // reduction, 1, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // reduction, channels, 1, bias=False),
-        )
-
-    def gate(self, z: Tensor) -> Tensor:
-        return self.conv_du(z)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input * torch.sigmoid(self.gate(input.mean((2, 3), keepdim=True)))
-
-
-class _ChannelResidualAttention(_ChannelAttention):
-    """x * sigmoid(W2 ReLU(W1 z) + W3 z): the residual is inside the gate, none is around it."""
-
-    def __init__(self, channels: int, reduction: int = _REDUCTION):
-        super().__init__(channels, reduction)
-        self.conv_1_1 = nn.Conv2d(channels, channels, 1, bias=False)
-
-    def gate(self, z: Tensor) -> Tensor:
-        return self.conv_du(z) + self.conv_1_1(z)
-
-
 class _SqueezeExcitation(nn.Module):
-    """The same function as `_ChannelAttention`, with linear layers (Hu et al., CVPR 2018)."""
+    """x sigmoid(W2 ReLU(W1 z)), z the spatial mean of x, with linear layers (Hu et al., CVPR
+    2018)."""
 
     def __init__(self, channels: int, reduction: int = _REDUCTION):
         super().__init__()
@@ -69,16 +55,43 @@ class _SqueezeExcitation(nn.Module):
         return input * torch.sigmoid(self.fc(input.mean((2, 3))))[:, :, None, None]
 
 
+def _squeeze_excitation() -> ChannelResidualAttention:
+    paths = GatePaths("fc.0", "fc.2", None)
+    return ChannelResidualAttention.from_dense(_SqueezeExcitation(_CHANNELS), paths)
+
+
 _ATTENTION = {
-    "cra": _ChannelResidualAttention,
-    "ca": _ChannelAttention,
-    "se": _SqueezeExcitation,
+    "cra": lambda: ChannelResidualAttention(_CHANNELS, _REDUCTION),
+    "ca": lambda: ChannelResidualAttention(_CHANNELS, _REDUCTION, residual=False),
+    "se": _squeeze_excitation,
     None: None,
 }
 
 
-def _conv(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation)
+def _conv(in_channels: int, out_channels: int) -> WinogradConv2d:
+    return WinogradConv2d(in_channels, out_channels, 3, padding=1)
+
+
+class _Block(nn.Sequential):
+    """ReLU(u + s) with u the result of conv, attention, ReLU, conv, attention, ReLU on s."""
+
+    def __init__(self, attention: str | None, dilation: int):
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers.append(
+                DilatedConv2d(_CHANNELS, _CHANNELS, 3, padding=dilation, dilation=dilation)
+            )
+            if attention is not None:
+                layers.append(_ATTENTION[attention]())
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+    def forward(self, s: Tensor) -> Tensor:
+        if not isinstance(self[1], ChannelResidualAttention):
+            # In place on the sum, which nobody else holds.
+            return F.relu(super().forward(s) + s, inplace=True)
+        conv1, gate1, _, conv2, gate2, _ = self
+        return gate2(conv2(gate1(conv1(s), "relu")), "relu", s, "relu")
 
 
 class SAPNet(nn.Module):
@@ -86,7 +99,8 @@ class SAPNet(nn.Module):
     range a little).
 
     `forward(y, return_stages=True)` returns the estimates of all stages; the last one is the
-    result.
+    result. On pywino's layers `conv0` and the four gates are not called as modules (hooks on them
+    are silent): their weights are, in other groups.
     """
 
     def __init__(
@@ -113,13 +127,7 @@ class SAPNet(nn.Module):
         channels = _CHANNELS
         self.conv0 = nn.Sequential(_conv(6, channels), nn.ReLU(inplace=True))
         for block, d in enumerate(dilation, start=1):
-            layers: list[nn.Module] = []
-            for _ in range(2):
-                layers.append(_conv(channels, channels, d))
-                if attention is not None:
-                    layers.append(_ATTENTION[attention](channels))
-                layers.append(nn.ReLU(inplace=True))
-            self.add_module(f"res_conv{block}", nn.Sequential(*layers))
+            self.add_module(f"res_conv{block}", _Block(attention, d))
         self.conv_i = nn.Sequential(_conv(2 * channels, channels), nn.Sigmoid())
         self.conv_f = nn.Sequential(_conv(2 * channels, channels), nn.Sigmoid())
         self.conv_g = nn.Sequential(_conv(2 * channels, channels), nn.Tanh())
@@ -127,21 +135,55 @@ class SAPNet(nn.Module):
         self.conv = nn.Sequential(_conv(channels, 3))
 
     def forward(self, input: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
-        blocks = (self.res_conv1, self.res_conv2, self.res_conv3, self.res_conv4, self.res_conv5)
-        x, h, c, estimates = input, None, None, []
+        fused = isinstance(self.conv0[0], WinogradConv2d)
+        recurrence = self._fused_recurrence(input) if fused else self._recurrence(input)
+        x, state, estimates = input, None, []
         for _ in range(self.stages):
-            a = self.conv0(torch.cat((input, x), 1))
-            if h is None:  # like a: the memory format of the input stays all the way
-                h = c = torch.zeros_like(a)
-            ah = torch.cat((a, h), 1)
-            c = torch.addcmul(self.conv_f(ah) * c, self.conv_i(ah), self.conv_g(ah))
-            h = self.conv_o(ah) * torch.tanh(c)
-            s = h
-            for block in blocks:
-                s = F.relu(block(s) + s, inplace=True)  # of the sum, which nobody else holds
-            x = self.conv(s) + input
+            state = recurrence(x, state)
+            s = state[0]
+            for block in (
+                self.res_conv1, self.res_conv2, self.res_conv3, self.res_conv4, self.res_conv5
+            ):  # fmt: skip
+                s = block(s)
+            x = self.conv[0](s, input) if fused else self.conv(s) + input
             estimates.append(x)
         return estimates if return_stages else x
+
+    def _recurrence(self, input: Tensor):
+        """A function (x, (h, c) or None) -> (h, c): conv0 and the LSTM as the paper has them."""
+
+        def step(x, state):
+            a = self.conv0(torch.cat((input, x), 1))
+            # Like a: the memory format of the input stays all the way.
+            h, c = (torch.zeros_like(a),) * 2 if state is None else state
+            ah = torch.cat((a, h), 1)
+            c = torch.addcmul(self.conv_f(ah) * c, self.conv_i(ah), self.conv_g(ah))
+            return self.conv_o(ah) * torch.tanh(c), c
+
+        return step
+
+    def _fused_recurrence(self, input: Tensor):
+        """The same by pywino's functions. conv0 is linear before its ReLU: its part of the input
+        is computed here, once for all stages."""
+        conv0 = self.conv0[0]
+        of_input = _run(conv0, input, conv0.weight[:, :3], conv0.bias)
+        of_estimate = conv0.weight[:, 3:]
+        gates = [gate[0] for gate in (self.conv_i, self.conv_f, self.conv_g, self.conv_o)]
+        weight, bias = (torch.cat([getattr(g, name) for g in gates]) for name in ("weight", "bias"))
+
+        def step(x, state):
+            a = _run(conv0, x, of_estimate, None, of_input, "relu")
+            return conv_lstm_cell(a, state, weight, bias)
+
+        return step
+
+
+def _run(conv, x, weight, bias, residual=None, activation=None):
+    """A layer's convolution with a part of its weight."""
+    return run_conv2d(
+        x, weight, bias, residual, 1, 1, 1, 1, activation, conv.backend, conv.algorithm,
+        conv.precision, None, False,
+    )  # fmt: skip
 
 
 def sapnet(

@@ -1,6 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The layers."""
 
+from pywino.nn.channel_attention import ChannelResidualAttention
+from pywino.nn.conv_lstm import ConvLSTMCell
+from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d, freeze_, invalidate_
 
-__all__ = ["WinogradConv2d", "WinogradReLUConv2d", "freeze_", "invalidate_"]
+__all__ = [
+    "ChannelResidualAttention",
+    "ConvLSTMCell",
+    "DilatedConv2d",
+    "WinogradConv2d",
+    "WinogradReLUConv2d",
+    "freeze_",
+    "invalidate_",
+]

@@ -3,12 +3,13 @@
 docs/swap.md is the page for users.
 """
 
-from pywino.swap.configs import Handler, Winograd, WinogradReLU, register
+from pywino.swap.configs import Attention, Handler, Winograd, WinogradReLU, register
 from pywino.swap.graph import convert_, fuse_
 from pywino.swap.layers import explain, last_report, plan, restore_, swap_
 from pywino.swap.report import Explanation, Layer, Report
 
 __all__ = [
+    "Attention",
     "Explanation",
     "Handler",
     "Layer",

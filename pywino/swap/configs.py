@@ -7,6 +7,7 @@ here changes.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from torch.nn.utils import parametrize
 
 from pywino import planner
 from pywino.backends import Call
+from pywino.nn.channel_attention import ChannelAttention, ChannelResidualAttention, GatePaths
+from pywino.nn.conv_lstm import ConvLSTMCell
+from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.ops.winograd import winograd_transform_filter
 from pywino.swap.report import Layer
@@ -82,6 +86,17 @@ class WinogradReLU:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Squeeze-and-excitation, RCAN's channel attention and SAPNet's, as `ChannelResidualAttention`.
+    The function stays.
+
+    Modules are found by what is in them: two layers C -> R -> C (1x1 convolutions or linear ones)
+    and maybe one C -> C, a ReLU, a sigmoid, an average pool, and nothing else; and they must give
+    on random numbers what the gate gives.
+    """
+
+
+@dataclass(frozen=True)
 class Handler:
     """How one kind of config treats one layer.
 
@@ -95,7 +110,7 @@ class Handler:
         config None, of the layer as it is.
     """
 
-    speaks_of: type[nn.Module]
+    speaks_of: type
     layer: type[nn.Module]
     refuse: Callable[[nn.Module, Any], str | None]
     make: Callable[[nn.Module, Any], nn.Module]
@@ -106,6 +121,9 @@ class Handler:
 
 
 HANDLERS: dict[type, Handler] = {}
+
+# Layers that no config makes of another one; users build them, and `restore_` knows the way back.
+BUILT: tuple[type[nn.Module], ...] = (DilatedConv2d, ConvLSTMCell)
 
 
 def register(config: type, handler: Handler) -> None:
@@ -317,6 +335,95 @@ register(
         refuse=_refuse_relu,
         make=_make_relu,
         keeps_function=False,
+    ),
+)
+
+
+# Modules without parameters that an attention module may have inside.
+_AROUND_A_GATE = {"ReLU", "Sigmoid", "AdaptiveAvgPool2d", "Identity", "Flatten"}
+
+
+def gate_paths(module: nn.Module) -> GatePaths | None:
+    """Which of a module's layers would make the gate of a `ChannelResidualAttention`; None where
+    they do not look so.
+    """
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return None
+    if isinstance(module, ChannelAttention):
+        return module.paths
+    layers, counted = {}, 0
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            layers[name] = child.in_features, child.out_features
+        elif isinstance(child, nn.Conv2d) and (*child.kernel_size, child.groups) == (1, 1, 1):
+            layers[name] = child.in_channels, child.out_channels
+        elif not next(child.children(), None) and type(child).__name__ not in _AROUND_A_GATE:
+            return None
+        if name in layers:
+            counted += len(list(child.parameters()))
+    if counted != len(list(module.parameters())) or next(module.buffers(), None) is not None:
+        return None
+    shortcut = None
+    if len(layers) == 3:
+        squares = [name for name, (inputs, outputs) in layers.items() if inputs == outputs]
+        if len(squares) != 1 or module.get_submodule(squares[0]).bias is not None:
+            return None
+        shortcut = squares[0]
+    pair = [name for name in layers if name != shortcut]
+    if len(pair) != 2 or layers[pair[0]] != layers[pair[1]][::-1]:
+        return None
+    if shortcut is not None and layers[shortcut][0] != layers[pair[0]][0]:
+        return None
+    return GatePaths(pair[0], pair[1], shortcut)
+
+
+class _LooksLikeAGate(type):
+    def __instancecheck__(cls, module: object) -> bool:
+        return isinstance(module, nn.Module) and gate_paths(module) is not None
+
+
+class AttentionModule(metaclass=_LooksLikeAGate):
+    """What `Attention` speaks of, by `isinstance`."""
+
+
+def _make_gate(gate: nn.Module, config: Attention) -> ChannelResidualAttention:
+    return ChannelResidualAttention.from_dense(gate, gate_paths(gate))
+
+
+def _refuse_gate(gate: nn.Module, config: Attention) -> str | None:
+    if isinstance(gate, torch.jit.ScriptModule):
+        return "it is TorchScript; swap before scripting"
+    if "forward" in vars(gate):
+        return "another forward is bound to it"
+    inside = [module for module in gate.modules() if module is not gate]
+    if any(parametrize.is_parametrized(module) for module in inside):
+        return "a layer in it is parametrized"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
+        return "a layer in it has hooks, which would not be called"
+    probe = copy.deepcopy(gate).to("cpu", torch.float64)
+    layer = _make_gate(probe, config)
+    channels = layer.layers()[1].weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, 3, 5, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        try:
+            expected = probe.forward(x)  # without its hooks, which are the user's
+        except Exception as error:  # a forward that is not of one image tensor, whatever it raises
+            return f"it cannot be called with an image alone ({type(error).__name__})"
+        if not isinstance(expected, torch.Tensor) or expected.shape != x.shape:
+            return "its output is not like its input"
+        if not torch.allclose(layer(x), expected, rtol=1e-9, atol=1e-9):
+            return "it computes something else than x sigmoid(W2 relu(W1 z) + W3 z)"
+    return None
+
+
+register(
+    Attention,
+    Handler(
+        speaks_of=AttentionModule,
+        layer=ChannelResidualAttention,
+        refuse=_refuse_gate,
+        make=_make_gate,
     ),
 )
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from pywino.swap.configs import HANDLERS, Handler, handler_of, warn
+from pywino.swap.configs import BUILT, HANDLERS, Handler, handler_of, warn
 from pywino.swap.report import Explanation, Layer, Report, explanation, reasons
 
 logger = logging.getLogger("pywino.swap")
@@ -102,10 +102,12 @@ def restore_(model: nn.Module, strict: bool = False) -> nn.Module:
     """
     from pywino.swap.graph import fused_elsewhere, unfuse
 
+    # Subclasses before their base, so that the first match is the nearest.
+    kinds = [*BUILT, *(handler.layer for handler in HANDLERS.values())]
     dense, rows = [], []
     homeless_relu = fused_elsewhere(model)
     for module, names in named_layers(model):
-        layer = next((h.layer for h in HANDLERS.values() if isinstance(module, h.layer)), None)
+        layer = next((kind for kind in kinds if isinstance(module, kind)), None)
         if layer is None:
             continue
         if type(module) is not layer:
@@ -314,7 +316,7 @@ def _choose_handler(decision: _Decision, names: list[str], configs: list[object]
             decision.action, decision.handler, decision.config = "swap", handler, config
             return
         refusals.append(reason)
-    if type(module) in [handler.layer for handler in HANDLERS.values()]:
+    if type(module) in [*BUILT, *(handler.layer for handler in HANDLERS.values())]:
         refusals = ["it is a layer of pywino of another kind"]
     decision.reason = "; ".join(dict.fromkeys(refusals))
     decision.refused = True

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The LSTM cell, compiled once per instruction set: one pass over the tensors, a vector of the four gates at a time.
+// In channels_last the lanes are channels, else pixels of one channel; only the distances between numbers differ.
+#include "../common/simd.h"
+#include "conv_lstm.h"
+
+namespace pywino::conv_lstm {
+namespace {
+
+// Numbers of a state that a thread takes at a time.
+constexpr int64_t kBlock = 8 * 1024;
+// Larger states are written past the caches: smaller ones are in the second-level cache when they are read next.
+constexpr int64_t kStreamBytes = int64_t(4) << 20;
+
+typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
+
+// --- functions --------------------------------------------------------------------------------------------------------
+// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial of degree 7 (coefficients of the Cephes library),
+// to about one unit in the last place. Beyond the clamps the result is as good as 0 or infinity for what is made of it;
+// NaN stays NaN.
+PYWINO_INLINE vec exponential(vec x) {
+  const vec low = zero() - 87.33654f, high = zero() + 88.02f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec t = x * 1.44269504f;
+  const ivec n = __builtin_convertvector(t + (t < zero() ? zero() - 0.5f : zero() + 0.5f), ivec);
+  const vec whole = __builtin_convertvector(n, vec);
+  // ln 2 in two parts, the first of few bits: whole * 0.693359375 is exact.
+  const vec r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
+  vec p = zero() + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * (r * r) + r + 1.f) * (vec)((n + 127) << 23);
+}
+
+PYWINO_INLINE vec sigmoid(vec x) { return 1.f / (1.f + exponential(-x)); }
+
+// tanh x = 1 - 2 / (e^2x + 1), which cancels near 0: there an odd polynomial (Cephes).
+PYWINO_INLINE vec hyperbolic_tangent(vec x) {
+  const vec z = x * x;
+  vec p = zero() - 5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const vec near = p * z * x + x, far = 1.f - 2.f / (exponential(x + x) + 1.f);
+  return z < 0.390625f ? near : far;
+}
+
+template <typename T>
+PYWINO_INLINE vec load_lanes(const T* p, int lanes) {
+  return lanes == kLanes ? load(p) : load_part(p, 0, lanes);
+}
+
+template <typename T>
+PYWINO_INLINE void store_lanes(T* p, vec v, int lanes) {
+  lanes == kLanes ? store(p, v) : store_part(p, v, 0, lanes);
+}
+
+// --- the cell ---------------------------------------------------------------------------------------------------------
+// i, f, g, o at one place; `apart` is the distance between the gates.
+struct Gates {
+  vec i, f, g, o;
+
+  template <typename T>
+  PYWINO_INLINE Gates(const T* gates, int64_t apart, int lanes)
+      : i(sigmoid(load_lanes(gates, lanes))),
+        f(sigmoid(load_lanes(gates + apart, lanes))),
+        g(hyperbolic_tangent(load_lanes(gates + 2 * apart, lanes))),
+        o(sigmoid(load_lanes(gates + 3 * apart, lanes))) {}
+};
+
+template <typename T>
+struct Forward {
+  const T *gates, *cell;
+  T *hidden, *next_cell;
+  bool past_caches;
+
+  PYWINO_INLINE void operator()(int64_t gate, int64_t apart, int64_t at, int lanes) const {
+    const Gates a(gates + gate, apart, lanes);
+    const vec c = (cell ? a.f * load_lanes(cell + at, lanes) : zero()) + a.i * a.g;
+    const vec h = a.o * hyperbolic_tangent(c);
+    if (sizeof(T) == 4 && past_caches && lanes == kLanes) {
+      stream(reinterpret_cast<float*>(next_cell + at), c);
+      stream(reinterpret_cast<float*>(hidden + at), h);
+    } else {
+      store_lanes(next_cell + at, c, lanes);
+      store_lanes(hidden + at, h, lanes);
+    }
+  }
+};
+
+template <typename T>
+struct Backward {
+  const T *grad_hidden, *grad_next_cell, *gates, *cell;
+  T *grad_gates, *grad_cell;
+
+  PYWINO_INLINE void operator()(int64_t gate, int64_t apart, int64_t at, int lanes) const {
+    const Gates a(gates + gate, apart, lanes);
+    const vec c = cell ? load_lanes(cell + at, lanes) : zero();
+    const vec t = hyperbolic_tangent(a.f * c + a.i * a.g), dh = load_lanes(grad_hidden + at, lanes);
+    const vec e = load_lanes(grad_next_cell + at, lanes) + dh * a.o * (1.f - t * t);
+    T* out = grad_gates + gate;
+    store_lanes(out, e * a.g * a.i * (1.f - a.i), lanes);
+    store_lanes(out + apart, e * c * a.f * (1.f - a.f), lanes);
+    store_lanes(out + 2 * apart, e * a.i * (1.f - a.g * a.g), lanes);
+    store_lanes(out + 3 * apart, dh * t * a.o * (1.f - a.o), lanes);
+    store_lanes(grad_cell + at, e * a.f, lanes);
+  }
+};
+
+// --- one call ---------------------------------------------------------------------------------------------------------
+// A row is a pixel's channels (channels_last) or a channel's pixels.
+template <typename Cell>
+struct Run {
+  const Shape& shape;
+  const Cell& cell;
+  bool aligned;  // start vectors at aligned addresses of the outputs
+  int64_t rows, width, row_step, column_step;
+  int64_t next = 0;
+
+  Run(const Shape& s, const Cell& c, bool align)
+      : shape(s),
+        cell(c),
+        aligned(align),
+        rows(s.n * (s.channels_last ? s.pixels : s.c)),
+        width(s.channels_last ? s.c : s.pixels),
+        row_step(max<int64_t>(1, kBlock / width)),
+        column_step(width > kBlock ? kBlock : width) {}
+
+  static void body(void* arg) {
+    Run& run = *static_cast<Run*>(arg);
+    const int64_t across = ceil_div(run.width, run.column_step),
+                  tasks = ceil_div(run.rows, run.row_step) * across;
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      const int64_t first = task / across * run.row_step, column = task % across * run.column_step;
+      for (int64_t row = first; row < min(first + run.row_step, run.rows); ++row)
+        run.columns(row, column, min(column + run.column_step, run.width));
+    }
+  }
+
+  PYWINO_INLINE void columns(int64_t row, int64_t column, int64_t end) const {
+    const bool last = shape.channels_last;
+    const int64_t apart = last ? shape.c : shape.c * shape.pixels;
+    const int64_t gates =
+        last ? row * 4 * shape.c : (row / shape.c * 4 * shape.c + row % shape.c) * shape.pixels;
+    const int64_t at = row * width;
+    if (aligned && (at + column) % kLanes) {
+      const int64_t head = min(end - column, kLanes - (at + column) % kLanes);
+      cell(gates + column, apart, at + column, int(head));
+      column += head;
+    }
+    for (; column + kLanes <= end; column += kLanes)
+      cell(gates + column, apart, at + column, kLanes);
+    if (column < end) cell(gates + column, apart, at + column, int(end - column));
+  }
+
+  Status operator()(const Executor& executor) {
+    executor.run(executor.threads, body, this);
+    return Status::ok;
+  }
+};
+
+PYWINO_INLINE bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % (4 * kLanes) == 0;
+}
+
+template <typename T>
+Status forward_as(const ForwardParams& p, const Executor& executor) {
+  const Shape& s = p.shape;
+  const bool past_caches = sizeof(T) == 4 && s.n * s.c * s.pixels * 4 > kStreamBytes &&
+                           is_aligned(p.hidden) && is_aligned(p.next_cell);
+  const Forward<T> cell{static_cast<const T*>(p.gates), static_cast<const T*>(p.cell),
+                        static_cast<T*>(p.hidden), static_cast<T*>(p.next_cell), past_caches};
+  return Run<Forward<T>>(s, cell, past_caches)(executor);
+}
+
+template <typename T>
+Status backward_as(const BackwardParams& p, const Executor& executor) {
+  const Backward<T> cell{
+      static_cast<const T*>(p.grad_hidden), static_cast<const T*>(p.grad_next_cell),
+      static_cast<const T*>(p.gates),       static_cast<const T*>(p.cell),
+      static_cast<T*>(p.grad_gates),        static_cast<T*>(p.grad_cell)};
+  return Run<Backward<T>>(p.shape, cell, false)(executor);
+}
+
+Status run_forward(const ForwardParams& params, const Executor& executor) {
+  switch (params.shape.dtype) {
+    case DType::f32: return forward_as<float>(params, executor);
+    case DType::bf16: return forward_as<bf16>(params, executor);
+    case DType::f16: return forward_as<f16>(params, executor);
+  }
+  return Status::unsupported;
+}
+
+Status run_backward(const BackwardParams& params, const Executor& executor) {
+  switch (params.shape.dtype) {
+    case DType::f32: return backward_as<float>(params, executor);
+    case DType::bf16: return backward_as<bf16>(params, executor);
+    case DType::f16: return backward_as<f16>(params, executor);
+  }
+  return Status::unsupported;
+}
+
+}  // namespace
+
+extern const Kernels PYWINO_ISA_NAME(kernels_);
+const Kernels PYWINO_ISA_NAME(kernels_) = {run_forward, run_backward};
+
+}  // namespace pywino::conv_lstm

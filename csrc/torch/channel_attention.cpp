@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels as torch ops: unpack, check, allocate, launch. Schemas, fakes and gradients are in
+// pywino/ops/channel_attention.py, which also words the errors that a user can cause; the checks here only keep memory safe.
+#include "core/channel_attention/channel_attention.h"
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace pywino {
+namespace {
+
+using channel_attention::Status;
+
+// The weights as the kernels read them, and what keeps their memory.
+class Weights {
+ public:
+  Weights(const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
+          const std::optional<Tensor>& b2, const std::optional<Tensor>& w3, int64_t channels,
+          const char* op)
+      : op_(op) {
+    STD_TORCH_CHECK(w1.dim() == 2, op, ": w1 must be (hidden, channels)");
+    layers.hidden = w1.size(0);
+    layers.w1 = keep(0, w1, layers.hidden * channels);
+    layers.b1 = b1 ? keep(1, *b1, layers.hidden) : nullptr;
+    layers.w2 = keep(2, w2, channels * layers.hidden);
+    layers.b2 = b2 ? keep(3, *b2, channels) : nullptr;
+    layers.w3 = w3 ? keep(4, *w3, channels * channels) : nullptr;
+  }
+
+  channel_attention::Layers layers{};
+
+ private:
+  const float* keep(int slot, const Tensor& t, int64_t size) {
+    STD_TORCH_CHECK(t.numel() == size, op_, ": a weight or bias does not fit input's channels");
+    kept_[slot] = torch::stable::contiguous(
+        t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+    return static_cast<const float*>(kept_[slot]->const_data_ptr());
+  }
+
+  const char* op_;
+  std::optional<Tensor> kept_[5];
+};
+
+channel_attention::Shape shape_of(const Tensor& input, const char* op) {
+  check_dense(input, op, "input");
+  STD_TORCH_CHECK(input.numel() > 0, op, ": input must not be empty");
+  return {input.size(0), input.size(1), input.size(2) * input.size(3), is_channels_last(input),
+          dtype_of(input, op, "input")};
+}
+
+void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type() && t.dim() == 4, op, ": ", name,
+                  " must be like input");
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(
+        t.size(d) == input.size(d) && (input.size(d) == 1 || t.stride(d) == input.stride(d)), op,
+        ": ", name, " must have input's size and strides");
+}
+
+void check_status(Status status, const char* op) {
+  STD_TORCH_CHECK(status != Status::out_of_memory, op, ": out of memory for the partial sums");
+  STD_TORCH_CHECK(status == Status::ok, op, ": no such kernel in this build");
+}
+
+Tensor empty_as(const Tensor& input) {
+  return empty_cpu({input.size(0), input.size(1), input.size(2), input.size(3)},
+                   input.scalar_type(), is_channels_last(input));
+}
+
+Tensor empty_gate(const Tensor& input) {
+  return empty_cpu({input.size(0), input.size(1)}, ScalarType::Float, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_attention_forward(
+    const Tensor& input, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
+    const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
+    const std::optional<Tensor>& residual, bool relu, bool residual_relu) {
+  constexpr const char* op = "pywino::_channel_attention_forward";
+  channel_attention::ForwardParams p{};
+  p.shape = shape_of(input, op);
+  const Weights weights(w1, b1, w2, b2, w3, p.shape.c, op);
+  if (residual) check_like(*residual, input, op, "residual");
+  Tensor output = empty_as(input), mean = empty_gate(input), gate = empty_gate(input);
+  p.layers = weights.layers;
+  p.input = input.const_data_ptr();
+  p.residual = residual ? residual->const_data_ptr() : nullptr;
+  p.output = output.mutable_data_ptr();
+  p.mean = static_cast<float*>(mean.mutable_data_ptr());
+  p.gate = static_cast<float*>(gate.mutable_data_ptr());
+  p.relu = relu;
+  p.residual_relu = residual_relu;
+  check_status(channel_attention::forward(p, torch_threads()), op);
+  return {output, mean, gate};
+}
+
+std::tuple<Tensor, Tensor> channel_attention_backward(const Tensor& grad, const Tensor& input,
+                                                      const Tensor& mean, const Tensor& gate,
+                                                      const Tensor& w1,
+                                                      const std::optional<Tensor>& b1,
+                                                      const Tensor& w2,
+                                                      const std::optional<Tensor>& w3, bool relu) {
+  constexpr const char* op = "pywino::_channel_attention_backward";
+  channel_attention::BackwardParams p{};
+  p.shape = shape_of(input, op);
+  const Weights weights(w1, b1, w2, std::nullopt, w3, p.shape.c, op);
+  check_like(grad, input, op, "grad");
+  for (const Tensor* t : {&mean, &gate})
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() &&
+                        t->numel() == p.shape.n * p.shape.c,
+                    op, ": mean and gate must be those of the forward pass");
+  Tensor input_gradient = empty_as(input), logit_gradient = empty_gate(input);
+  p.layers = weights.layers;
+  p.grad = grad.const_data_ptr();
+  p.input = input.const_data_ptr();
+  p.mean = static_cast<const float*>(mean.const_data_ptr());
+  p.gate = static_cast<const float*>(gate.const_data_ptr());
+  p.relu = relu;
+  p.input_gradient = input_gradient.mutable_data_ptr();
+  p.logit_gradient = static_cast<float*>(logit_gradient.mutable_data_ptr());
+  check_status(channel_attention::backward(p, torch_threads()), op);
+  return {input_gradient, logit_gradient};
+}
+
+}  // namespace
+}  // namespace pywino
+
+STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
+  m.impl("_channel_attention_forward", TORCH_BOX(&pywino::channel_attention_forward));
+  m.impl("_channel_attention_backward", TORCH_BOX(&pywino::channel_attention_backward));
+}
