@@ -159,6 +159,8 @@ def _winograd_triton(call, algorithm):
     reason = kernels.why_not()
     if reason is not None:
         return reason
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     if algorithm not in ("auto", *TILES):
         return f"it has f2, f4 and f6, not {algorithm}"
     return _winograd(call)

@@ -125,7 +125,8 @@ def _backends() -> Iterator[tuple[str, str]]:
         "winograd_conv2d", n=1, c=64, h=56, w=56, k=64, padding=(1, 1), dilation=(1, 1)
     )
     for name in backends.BACKENDS:
-        reason = backends.can_run(name, call)
+        device = "cuda" if name in backends.of_device("cuda") else "cpu"
+        reason = backends.can_run(name, call._replace(device=device))
         yield name, "yes" if reason is None else f"no: {reason}"
 
 
