@@ -72,6 +72,15 @@ void on_memory_fault(int number, siginfo_t* info, void* context) {
   }
 }
 
+void on_trap(int number, siginfo_t*, void* context) {
+  if (!current) {
+    signal(number, SIG_DFL);
+    return;
+  }
+  fail("UNDEFINED", fault_address(context), nullptr,
+       "an index outside of its array, an int that overflows, a shift too long or a division by 0");
+}
+
 void on_alarm(int, siginfo_t*, void* context) {
   if (!current) return;
   fail("HANG", fault_address(context), current->pc, "still running after %d s", time_limit);
@@ -118,6 +127,8 @@ void install_signal_handlers() {
   handle(SIGSEGV, on_memory_fault);
   handle(SIGBUS, on_memory_fault);
   handle(SIGALRM, on_alarm);
+  handle(SIGILL, on_trap);
+  handle(SIGFPE, on_trap);
 }
 
 void set_time_limit(int seconds) { time_limit = seconds; }
