@@ -18,7 +18,7 @@ WGMMA = HERE / "kernels" / "gemm_wgmma.cu"
 
 # m, n, k: nothing a multiple of a tile; less than one tile; several tiles and rounds of the ring.
 SHAPES = [(77, 71, 45), (136, 129, 72), (9, 5, 33), (64, 64, 256), (70, 65, 130)]
-WGMMA_SHAPES = [(77, 51, 45), (129, 65, 520), (200, 136, 328)]
+WGMMA_SHAPES = [(77, 51, 45), (129, 65, 650), (9, 5, 65)]
 
 
 def round_up(n, unit):
@@ -78,7 +78,17 @@ MUTATE = [
             "return row * kRowA + ((chunk ^ (row / 4 % 4)) * 16);": "another swizzle: speed only",
         },
     ),
-    Recipe(WGMMA, [functools.partial(gemm_wgmma, m=m, n=n, k=k) for m, n, k in WGMMA_SHAPES]),
+    Recipe(
+        WGMMA,
+        [functools.partial(gemm_wgmma, m=m, n=n, k=k) for m, n, k in WGMMA_SHAPES],
+        harmless={
+            "const int steps = (k + kTileK + 1) / kTileK;": "one step of zeros more",
+            "if (round > 0) ptx::mbarrier_wait(empty + 8 * s, (round + 1) % 2);": "the same number",
+            "ptx::wgmma_m64n64k16_bf16(d, ptx::matrix_descriptor_128b(a + 33 * kk),": "the same "
+            "descriptor, which drops four bits",
+            "ptx::matrix_descriptor_128b(b + 33 * kk), 1);": "the same",
+        },
+    ),
 ]
 
 

@@ -239,7 +239,7 @@ __global__ void fault(float* g, const float* input, int n) {
     g[t] = d[0];
   }
 
-  // --- mbarrier and wgmma
+  // --- mbarrier, TMA and wgmma
   if constexpr (kCase == 41) {                  // not initialised
     if (t == 0) ptx::mbarrier_arrive(address);  // expect fast: MBARRIER
   }
