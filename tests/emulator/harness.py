@@ -150,7 +150,7 @@ def source_lines(library, offset):
     command = ["addr2line", "-i", "-e", str(library), hex(offset)]
     told = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     lines = [re.sub(r" \(discriminator \d+\)", "", Path(line).name) for line in told]
-    own = {path.name for path in (*HERE.glob("*.h"), *COMMON.glob("*.cuh"))} | {"??"}
+    own = {path.name for path in (*HERE.glob("*.*"), *COMMON.glob("*.cuh"))} | {"??"}
     return " <- ".join(line for line in lines if line.split(":")[0] not in own)
 
 

@@ -98,6 +98,7 @@ BROKEN = [
     (MMA, "wait_group<kStages - 2>", "wait_group<kStages - 1>", "IN FLIGHT"),
     (MMA, "k0 + row < k ?", "k0 + row <= k ?", "OUT-OF-BOUNDS"),
     (WGMMA, "if (round > 0) ptx::mbarrier_wait", "if (false) ptx::mbarrier_wait", "MBARRIER"),
+    (WGMMA, "    ptx::fence_mbarrier_init();\n", "", "PROXY"),
     (WGMMA, "ptx::mbarrier_wait(full", "if (false) ptx::mbarrier_wait(full", "UNINITIALISED"),
     (WGMMA, "ptx::named_barrier_sync(1 + group, 128);", "", "RACE"),
     (WGMMA, "    ptx::wgmma_wait_group<0>();\n", "", "NOT WAITED FOR"),
