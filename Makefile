@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo | test | bench | lint | setup | clean          PYTHON=python3.12 chooses the interpreter
+# make demo | test | bench | lint | mutate | setup | clean          PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-NATIVE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATOR := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench lint mutate clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -24,7 +25,11 @@ bench: setup
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR)
+
+# Breaks the CUDA kernels token by token; each break must be noticed by the emulator's tests.
+mutate: setup
+	cd tests && ../$(BIN)/python -m emulator.mutate
 
 # make gpu-check OUT=folder [DRY=1] [STAGES=a,b] [BUDGET=seconds]: everything that there is to prove
 # and measure on a GPU, with the packages that its machine has (docs/gpu_check.md).

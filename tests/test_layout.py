@@ -165,6 +165,24 @@ def test_native_rooms_include_themselves_and_common_only(path):
             assert target.relative_to(CORE).parts[0] in (room, "common")
 
 
+# What the emulator (tests/emulator) cannot run as C++, and the only files where it may stand.
+CUDA_ONLY = {
+    "inline PTX": (re.compile(r"\basm\b"), {"ptx.cuh", "wgmma.cuh"}),
+    "a launch": (re.compile(r"<<<"), {"launch.cuh"}),
+    "dynamic shared memory": (re.compile(r"\bextern\s+__shared__"), {"launch.cuh"}),
+}
+CUDA_SOURCES = [path for path in SOURCES if path.suffix in (".cu", ".cuh")]
+
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=name_of)
+def test_cuda_sources_leave_to_common_what_is_not_cpp(path):
+    code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+    for what, (pattern, allowed) in CUDA_ONLY.items():
+        if path.parent == CORE / "common" and path.name in allowed:
+            continue
+        assert not pattern.search(code), f"{name_of(path)}: {what} belongs in {sorted(allowed)}"
+
+
 def test_the_python_module_is_free_of_torch():
     for path in (ROOT / "csrc" / "python").glob("*"):
         assert not {name.split("/")[0] for name in includes(path)} & {"torch", "ATen", "c10"}

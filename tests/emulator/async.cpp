@@ -61,6 +61,8 @@ Groups<Copy> copies[kMaxThreads];
 
 struct Mbarrier {
   uint32_t count, pending;
+  int initialised_by;   // a thread
+  bool fenced = false;  // by its fence_mbarrier_init(): TMA sees it
   uint32_t phase = 0;
   long bytes = 0;  // expected and not here yet
   std::vector<int> waiting;
@@ -193,7 +195,12 @@ void mbar_init(uint32_t address, uint32_t count) {
   if (checking) touch(p, 8, Access::write, pc);
   Mbarrier b;
   b.count = b.pending = count;
+  b.initialised_by = current->number;
   mbarriers[address] = b;
+}
+
+void fence_mbarrier_init() {
+  for (auto& [address, b] : mbarriers) b.fenced |= b.initialised_by == current->number;
 }
 
 void mbar_arrive(uint32_t address) {
@@ -228,7 +235,9 @@ void fence_proxy_async() { fence_async_proxy(); }
 void tma_load(uint32_t address, const void* map, int rank, const int* coordinates,
               uint32_t barrier) {
   const void* pc = __builtin_return_address(0);
-  find_mbarrier(barrier, pc);
+  if (!find_mbarrier(barrier, pc).fenced) {
+    report("PROXY", pc, nullptr, "no fence_mbarrier_init() since the mbarrier was initialised");
+  }
   Load load = {decode(map, rank, address, pc), {}, address, barrier, pc, {}, {}};
   std::copy_n(coordinates, rank, load.coordinates);
   const int bytes = load.map.box_bytes();

@@ -178,11 +178,6 @@ void named_barrier(int id, int expected, bool arrive_only) {
   if (!arrive_only) wait();
 }
 
-void yield() {
-  make_ready(current->number);
-  wait();
-}
-
 // --- Warp collectives
 
 void syncwarp(uint32_t mask) {

@@ -5,6 +5,7 @@
 
 #include "async.h"
 #include "collectives.h"
+#include "interface.h"
 #include "report.h"
 
 #if !defined(__x86_64__)
@@ -69,18 +70,30 @@ int any(uint32_t set) {
   return lowest(set);
 }
 
-// In order, a warp runs as long as one of its lanes can: that is the quick way through warp collectives.
-Thread* take_next() {
-  const auto choose = schedule == Schedule::ascending    ? lowest
-                      : schedule == Schedule::descending ? highest
-                                                         : any;
-  int warp = last_warp;
-  if (schedule == Schedule::random || !ready_lanes[warp]) warp = choose(ready_warps);
+// Of the threads that are ready, the one whose warp and lane `choose` picks. In order, a warp runs as long as one of its
+// lanes can: that is the quick way through warp collectives.
+Thread* take(int (*choose)(uint32_t), bool stay_in_warp) {
+  const int warp = stay_in_warp && ready_lanes[last_warp] ? last_warp : choose(ready_warps);
   const int lane = choose(ready_lanes[warp]);
   ready_lanes[warp] &= ~(1u << lane);
   if (!ready_lanes[warp]) ready_warps &= ~(1u << warp);
   last_warp = warp;
   return &threads[warp * kLanes + lane];
+}
+
+Thread* take_next() {
+  switch (schedule) {
+    case Schedule::ascending: return take(lowest, true);
+    case Schedule::descending: return take(highest, true);
+    default: return take(any, false);
+  }
+}
+
+void run(Thread* next) {
+  Thread* me = current;
+  if (next == me) return;
+  current = next;
+  emu_switch(&me->stack_pointer, next->stack_pointer);
 }
 
 void leave_kernel() {
@@ -152,11 +165,16 @@ void wait() {
     report_deadlock();
     leave_kernel();
   }
-  Thread* me = current;
-  Thread* next = take_next();
-  if (next == me) return;
-  current = next;
-  emu_switch(&me->stack_pointer, next->stack_pointer);
+  run(take_next());
+}
+
+// To any other thread, in every schedule: two that wait for a third must not hand over to each other for ever.
+void yield() {
+  land_one();
+  if (!ready_warps) return;
+  Thread* next = take(any, false);
+  make_ready(current->number);
+  run(next);
 }
 
 void abandon() {

@@ -150,7 +150,7 @@ def source_lines(library, offset):
     command = ["addr2line", "-i", "-e", str(library), hex(offset)]
     told = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     lines = [re.sub(r" \(discriminator \d+\)", "", Path(line).name) for line in told]
-    own = {path.name for path in (*HERE.glob("*.h"), *COMMON.glob("*.cuh"))} | {"??"}
+    own = {path.name for path in (*HERE.glob("*.*"), *COMMON.glob("*.cuh"))} | {"??"}
     return " <- ".join(line for line in lines if line.split(":")[0] not in own)
 
 
@@ -169,11 +169,13 @@ class Kernel:
 
     `source` is relative to the repository's root. mode "fast" computes, with NaN in memory that was
     not written and guard pages around each buffer; mode "check" looks at every access. The process
-    is started at the first call, and again after a crash.
+    is started at the first call, and again after a crash. A launch that takes longer than `seconds`
+    is a finding. `text` is compiled in the place of what the file has.
     """
 
-    def __init__(self, source, mode="fast", *, defines=(), text=None):
+    def __init__(self, source, mode="fast", *, defines=(), text=None, seconds=60):
         self.mode = mode
+        self.seconds = seconds
         self.library = compile_kernel(source, mode, defines, text)
         self.process = None
 
@@ -191,12 +193,12 @@ class Kernel:
             self.process.wait()
             self.process = None
 
-    def call(self, launcher, *arguments, schedule="ascending", seed=0, seconds=60):
+    def call(self, launcher, *arguments, schedule="ascending", seed=0):
         """Calls an `extern "C"` launcher that returns an int; arrays are changed in place.
 
         Raises EmulatorError where the emulator found something, and where the launcher did not
         return 0. `schedule` is the order in which threads run: "ascending", "descending" (blocks
-        too), or "random" by `seed`. A launch that takes longer than `seconds` is a finding.
+        too), or "random" by `seed`.
         """
         if self.process is None:
             command = [sys.executable, HERE / "worker.py", self.library]
@@ -205,8 +207,8 @@ class Kernel:
             )
         encoded = [encode(a, f"argument {i}") for i, a in enumerate(arguments)]
         check = self.mode == "check"
-        answer = self.ask((launcher, encoded, check, schedule, seed, seconds), 2 * seconds + 10)
-        status, arrays, text, overrun = answer
+        request = (launcher, encoded, check, schedule, seed, self.seconds)
+        status, arrays, text, overrun = self.ask(request, 2 * self.seconds + 10)
         findings = list(decode_findings(text, self.library))
         findings += [
             Finding("OUT-OF-BOUNDS", launcher, "some thread", f"write behind the end of {name}")

@@ -47,6 +47,7 @@ void cp_async(uint32_t address, const void* src, int bytes, int src_bytes);
 void cp_async_commit();
 void cp_async_wait(int keep);
 void mbar_init(uint32_t address, uint32_t count);
+void fence_mbarrier_init();
 void mbar_arrive(uint32_t address);
 void mbar_expect_tx(uint32_t address, uint32_t bytes);
 void mbar_wait(uint32_t address, uint32_t parity);

@@ -7,6 +7,7 @@
 
 #include <csignal>
 #include <cstdarg>
+#include <cstdint>
 #include <cstdio>
 #include <set>
 #include <string>
@@ -72,6 +73,14 @@ void on_memory_fault(int number, siginfo_t* info, void* context) {
   }
 }
 
+void on_division(int number, siginfo_t*, void* context) {
+  if (!current) {
+    signal(number, SIG_DFL);
+    return;
+  }
+  fail("UNDEFINED", fault_address(context), nullptr, "a division by zero");
+}
+
 void on_alarm(int, siginfo_t*, void* context) {
   if (!current) return;
   fail("HANG", fault_address(context), current->pc, "still running after %d s", time_limit);
@@ -118,6 +127,7 @@ void install_signal_handlers() {
   handle(SIGSEGV, on_memory_fault);
   handle(SIGBUS, on_memory_fault);
   handle(SIGALRM, on_alarm);
+  handle(SIGFPE, on_division);
 }
 
 void set_time_limit(int seconds) { time_limit = seconds; }
@@ -133,3 +143,17 @@ extern "C" void emu_forget_findings() {
   emu::seen.clear();
   emu::text.clear();
 }
+
+// --- What the compiler calls where something is undefined
+
+#define PYWINO_ON_UNDEFINED(name, what)                                 \
+  extern "C" void __ubsan_handle_##name(void*, uintptr_t, uintptr_t) {  \
+    emu::fail("UNDEFINED", __builtin_return_address(0), nullptr, what); \
+  }
+PYWINO_ON_UNDEFINED(out_of_bounds, "an index outside of its array")
+PYWINO_ON_UNDEFINED(shift_out_of_bounds, "a shift by as many bits as there are, or more")
+PYWINO_ON_UNDEFINED(add_overflow, "an integer overflows in +")
+PYWINO_ON_UNDEFINED(sub_overflow, "an integer overflows in -")
+PYWINO_ON_UNDEFINED(mul_overflow, "an integer overflows in *")
+PYWINO_ON_UNDEFINED(negate_overflow, "an integer overflows in -")
+PYWINO_ON_UNDEFINED(divrem_overflow, "a division by zero, or one that overflows")

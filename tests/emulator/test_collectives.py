@@ -102,6 +102,12 @@ def test_lanes_that_have_exited_are_not_waited_for(call):
     assert out.reshape(2, 32).tolist() == [[-1, *range(31)]] * 2
 
 
+def test_a_loop_that_waits_for_another_warp_ends(call):
+    out = np.zeros(4, np.int32)
+    call("spin_launch", InOut(out), 4)
+    assert out.tolist() == [3, 2, 1, 0]
+
+
 def test_halves(call, rng):
     x = rng.standard_normal((32, 2)).astype(np.float16)
     y = bf16(rng.standard_normal((32, 2)))

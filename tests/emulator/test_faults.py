@@ -12,7 +12,7 @@ from emulator.harness import EmulatorError, In, InOut, Kernel, Out
 SOURCE = HERE / "kernels" / "faults.cu"
 STARTS_AT = re.compile(r"if constexpr \(kCase == (\d+)\)")
 EXPECTED = re.compile(r"// expect( fast)?: ([A-Z .-]+)$")
-CASES = 54
+CASES = 57
 CONTROLS = {2, 5, 8, 26, 31, 45, 53}
 NEEDS_INPUT = {8, 9}  # g is read as well
 UNMARKED = {52: "WGMMA"}  # found where the registers come back, not where they were written
@@ -35,16 +35,14 @@ EXPECT = expectations()
 @pytest.fixture(scope="module")
 def start():
     """start(case, mode): the findings of a case."""
-    kernels = {mode: Kernel(SOURCE, mode) for mode in ("fast", "check")}
+    kernels = {mode: Kernel(SOURCE, mode, seconds=1) for mode in ("fast", "check")}
 
     def start(case, mode, schedule="ascending"):
         g = np.zeros(256, np.float32)
         argument = InOut(g, "g") if case in NEEDS_INPUT else Out(g, "g")
         source = In(np.zeros(256, np.float32), "input")
         try:
-            kernels[mode].call(
-                "fault_launch", case, argument, source, g.size, schedule=schedule, seconds=1
-            )
+            kernels[mode].call("fault_launch", case, argument, source, g.size, schedule=schedule)
         except EmulatorError as error:
             if error.findings:
                 return error.findings

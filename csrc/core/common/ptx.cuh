@@ -208,7 +208,9 @@ PYWINO_PTX void mbarrier_init(uint32_t barrier, uint32_t count) {
 }
 
 PYWINO_PTX void fence_mbarrier_init() {
-#ifndef PYWINO_EMULATOR
+#ifdef PYWINO_EMULATOR
+  emu::fence_mbarrier_init();
+#else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }

@@ -125,6 +125,22 @@ __global__ void halves(const __half2* x, const __nv_bfloat162* y, __half2* a, __
   b[3 * i + 2] = __floats2bfloat162_rn(__low2float(y[i]) * 3.f, __high2float(y[i]) / 3.f);
 }
 
+// Each warp waits for the one behind it, which may not have begun.
+__global__ void spin(int* out) {
+  __shared__ int turn;
+  const int warp = threadIdx.x / 32, last = blockDim.x / 32 - 1;
+  if (threadIdx.x == 0) turn = last;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    while (atomicAdd(&turn, 0) != warp) {
+    }
+    atomicAdd(&out[warp], last - warp);
+    atomicSub(&turn, 1);
+  }
+}
+
+__global__ void nothing() {}
+
 cudaStream_t of(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
@@ -175,6 +191,21 @@ extern "C" int atomics_launch(const int* x, int* out, float* largest, int n, voi
 
 extern "C" int early_exit_launch(int* out, void* stream) {
   PYWINO_LAUNCH((early_exit), dim3(1), dim3(64), 0, of(stream), out);
+  return cudaGetLastError();
+}
+
+extern "C" int spin_launch(int* out, int warps, void* stream) {
+  PYWINO_LAUNCH((spin), dim3(1), dim3(32 * warps), 0, of(stream), out);
+  return cudaGetLastError();
+}
+
+extern "C" int nothing_launch(int blocks, int threads, int shared_bytes, int allowed_bytes,
+                              void* stream) {
+  const auto status =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(nothing),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, allowed_bytes);
+  if (status != cudaSuccess) return status;
+  PYWINO_LAUNCH((nothing), dim3(blocks), dim3(threads), shared_bytes, of(stream));
   return cudaGetLastError();
 }
 

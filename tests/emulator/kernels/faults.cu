@@ -106,6 +106,22 @@ __global__ void fault(float* g, const float* input, int n) {
     __syncthreads();
   }
 
+  if constexpr (kCase == 54) {  // behind a local array
+    float mine[4] = {};
+    for (int i = 0; i < n; ++i) mine[i] += input[i];  // expect: UNDEFINED
+    g[t] = mine[0] + mine[1] + mine[2] + mine[3];
+  }
+  if constexpr (kCase == 55) {  // behind a shared one, in the next variable
+    __shared__ float left[4], right[4];
+    if (t < 4) left[t] = right[t] = 0;
+    __syncthreads();
+    g[t] = t < 5 ? left[t] : right[t % 4];  // expect: UNDEFINED
+  }
+  if constexpr (kCase == 56) {           // a tensor of 2^31 elements, counted in int
+    const int elements = n * (1 << 23);  // expect: UNDEFINED
+    g[t] = static_cast<float>(elements - t);
+  }
+
   // --- Warps and barriers
   if constexpr (kCase == 20) {  // lanes that are named and do not come
     if (lane < 16) g[t] = __shfl_sync(kAll, static_cast<float>(t), 0);  // expect fast: DEADLOCK
@@ -223,7 +239,7 @@ __global__ void fault(float* g, const float* input, int n) {
     g[t] = d[0];
   }
 
-  // --- mbarrier and wgmma
+  // --- mbarrier, TMA and wgmma
   if constexpr (kCase == 41) {                  // not initialised
     if (t == 0) ptx::mbarrier_arrive(address);  // expect fast: MBARRIER
   }
@@ -302,12 +318,12 @@ int start(int which, float* g, const float* input, int n, int blocks, size_t sha
   return cudaErrorInvalidValue;
 }
 
-constexpr int kCases = 54;
+constexpr int kCases = 57;
 
 extern "C" int cases() { return kCases; }
 
 extern "C" int fault_launch(int which, float* g, const float* input, int n) {
   const bool two_blocks = which == 7 || which == 8;
-  const size_t shared_bytes = which >= 47 ? 16384 : 512;
+  const size_t shared_bytes = which >= 47 && which <= 53 ? 16384 : 512;
   return start<kCases - 1>(which, g, input, n, two_blocks ? 2 : 1, shared_bytes);
 }

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Breaks kernels, one token at a time, and asks whether their tests notice.
+
+    python -m emulator.mutate [file.cu ...]          make mutate
+
+A kernel takes part with a Recipe in the list MUTATE of a tests/emulator/test_*.py: its source, and
+functions that run it and raise where something is wrong. A mutant that they let through is either
+harmless, which the recipe then says, or shows a shape or check that is missing.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emulator.build import HERE, ROOT
+from emulator.harness import Kernel
+
+
+@dataclass
+class Recipe:
+    """`checks` are called with a Kernel, and with schedule="random" as well. `harmless` maps the
+    text of mutated lines to why they change nothing."""
+
+    source: Path
+    checks: Sequence[Callable]
+    harmless: dict[str, str] = field(default_factory=dict)
+
+
+# What is replaced (in code, not in comments), and by what.
+MUTATIONS = [
+    (r"__sync(threads|warp)\(\);", r";", "no barrier"),
+    (r"ptx::(\w*(wait|commit|fence|barrier)\w*)(<[^>]*>)?\([^;]*\);", r";", "no wait or commit"),
+    (r"wait_group<([^>]*)>", r"wait_group<\1 + 1>", "one group less waited for"),
+    (r" < ", r" <= ", "< to <="),
+    (r" > ", r" >= ", "> to >="),
+    (r" <= ", r" < ", "<= to <"),
+    (r" >= ", r" > ", ">= to >"),
+    (r" \+ (?=[\w(])", r" - ", "+ to -"),
+    (r" - (?=[\w(])", r" + ", "- to +"),
+    (r"([*/%]) (\d+)\b", lambda m: f"{m[1]} {2 * int(m[2])}", "a factor doubled"),
+    (r"([+-]) (\d+)\b", lambda m: f"{m[1]} {int(m[2]) + 1}", "one more"),
+    (r" && ", r" || ", "&& to ||"),
+    (r"\? (\w[^:;]*) : 0\b", r"? \1 : \1", "no zero where there is nothing"),
+]
+
+
+def device_code(text):
+    """The part of a file that runs on the device: from the first function to the launchers."""
+    start = re.search(r"__device__|__global__", text)
+    end = re.search(r'^extern "C"', text, re.MULTILINE)
+    return (start.start() if start else 0), (end.start() if end else len(text))
+
+
+def mutants(text):
+    """(text, line number, mutated line, name) of each."""
+    begin, end = device_code(text)
+    for pattern, replacement, name in MUTATIONS:
+        for match in re.compile(pattern).finditer(text, begin, end):
+            line_start = text.rfind("\n", 0, match.start()) + 1
+            before = text[line_start : match.start()]
+            if "//" in before or before.lstrip().startswith(("#", "static_assert")):
+                continue
+            new = replacement(match) if callable(replacement) else match.expand(replacement)
+            mutated = text[: match.start()] + new + text[match.end() :]
+            line = mutated[line_start : mutated.find("\n", match.start())].strip()
+            yield mutated, text.count("\n", 0, match.start()) + 1, line, name
+
+
+def how_caught(recipe, text):
+    """The kind of the first finding, "numbers", or "" where nothing was noticed; None where the
+    mutant does not compile."""
+    for mode, schedule in (("check", "ascending"), ("fast", "random")):
+        try:
+            kernel = Kernel(recipe.source, mode, text=text, seconds=5)
+        except RuntimeError:
+            return None
+        try:
+            for check in recipe.checks:
+                check(kernel, schedule=schedule)
+        except AssertionError as error:
+            return next(iter(getattr(error, "kinds", [])), "numbers")
+        finally:
+            kernel.close()
+            kernel.library.unlink()
+            kernel.library.with_suffix(".cu").unlink()
+    return ""
+
+
+def recipes():
+    sys.path.insert(0, str(ROOT / "tests"))
+    for path in sorted(HERE.glob("test_*.py")):
+        yield from getattr(importlib.import_module(f"emulator.{path.stem}"), "MUTATE", [])
+
+
+def run(recipe, jobs):
+    """Prints what became of a kernel's mutants; how many got through without an explanation."""
+    began = time.monotonic()
+    text = recipe.source.read_text()
+    cases = list(mutants(text))
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda case: how_caught(recipe, case[0]), cases))
+    compiled = [(case, caught) for case, caught in zip(cases, results) if caught is not None]
+    survivors = [case for case, caught in compiled if not caught]
+    unexplained = [case for case in survivors if case[2] not in recipe.harmless]
+    for _, number, line, name in unexplained:
+        print(f"  {recipe.source.name}:{number}: {name}: {line}")
+    print(
+        f"{recipe.source.name}: {len(compiled)} mutants, {len(compiled) - len(survivors)} caught, "
+        f"{len(survivors) - len(unexplained)} harmless, {len(unexplained)} unexplained "
+        f"({time.monotonic() - began:.0f} s)",
+        flush=True,
+    )
+    return len(unexplained)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", type=Path, help="these only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    wanted = {path.resolve() for path in options.sources}
+    chosen = [r for r in recipes() if not wanted or Path(r.source).resolve() in wanted]
+    if not chosen:
+        parser.error("no recipe for these: add one to MUTATE in a tests/emulator/test_*.py")
+    sys.exit(sum(run(recipe, options.jobs) for recipe in chosen) > 0)
+
+
+if __name__ == "__main__":
+    main()
