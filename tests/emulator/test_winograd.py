@@ -2,6 +2,7 @@
 """The CUDA Winograd kernels, run by the emulator: each stage against float64 on what it really
 got, rounding where it rounds; then the whole against a float64 convolution."""
 
+import functools
 import math
 from ctypes import c_bool, c_int, c_int64
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from emulator.build import HERE
+from emulator.build import CSRC, HERE
 from emulator.harness import In, InOut, Out, Struct, Workspace, bf16, from_bf16
+from emulator.mutate import Recipe
 
 from pywino.reference import winograd as reference
 
@@ -310,16 +312,14 @@ def assert_rounded(actual, expected, magnitude, form, sums=1):
 TRANSFORM = 16
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_input_transform(emulate, run, case):
-    mode, schedule = run
+def check_input_transform(kernel, case, **how):
     tensors = Tensors(case)
     bt, _, _ = matrices(case)
     value, magnitude = transformed(bt, patches(tensors))
     first, count = 1, value.shape[1] - 1  # tiles of a later launch
     if count == 0:
         first, count = 0, 1
-    v, scale = run_input(emulate(SOURCE, mode), tensors, first, count, schedule=schedule)
+    v, scale = run_input(kernel, tensors, first, count, **how)
     if case.domain == "f16":
         largest = np.abs(patches(tensors)).max((1, 2, 3))[first:]
         growth = np.abs(bt).sum(1).max() ** 2
@@ -334,12 +334,9 @@ def test_input_transform(emulate, run, case):
     assert not v[..., case.c :].any()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("rotate", [False, True])
-def test_filter_transform(emulate, run, case, rotate):
-    mode, schedule = run
+def check_filter_transform(kernel, case, rotate, **how):
     tensors = Tensors(case)
-    u, scale = run_filter(emulate(SOURCE, mode), tensors, rotate=rotate, schedule=schedule)
+    u, scale = run_filter(kernel, tensors, rotate=rotate, **how)
     weight = decode(tensors.weight)
     if rotate:
         weight = weight.transpose(1, 0, 2, 3)
@@ -364,17 +361,14 @@ def test_filter_transform(emulate, run, case, rotate):
 PRODUCTS = [(4, 49, 24, 72), (16, 130, 40, 8), (36, 131, 72, 136), (64, 300, 136, 144)]
 
 
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_product(emulate, run, shape, domain):
-    mode, schedule = run
+def check_product(kernel, shape, domain, **how):
     taps, tiles, c, k = shape
     random = np.random.default_rng(c)
     v = empty((taps, tiles, c), domain)
     u = empty((taps, k, c), domain)
     for array in (v, u):
         array[...] = random.uniform(-1, 1, array.shape)
-    m = run_product(emulate(SOURCE, mode), domain, v, u, schedule=schedule)
+    m = run_product(kernel, domain, v, u, **how)
     v, u = decode(v), decode(u)
     expected = np.einsum("ptc,pkc->ptk", v, u)
     magnitude = np.einsum("ptc,pkc->ptk", abs(v), abs(u))
@@ -385,9 +379,7 @@ def test_product(emulate, run, shape, domain):
         assert np.linalg.norm(m - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_transform(emulate, run, case):
-    mode, schedule = run
+def check_output_transform(kernel, case, **how):
     tensors = Tensors(case)
     random = np.random.default_rng(1)
     phases_h, phases_w, rows, columns = case.tiles
@@ -397,15 +389,8 @@ def test_output_transform(emulate, run, case):
     tile_scale = 2.0 ** random.integers(-3, 3, count).astype(np.float32)
     filter_scale = 2.0 ** random.integers(-3, 3, case.k).astype(np.float32)
     half = count // 2  # the later tiles alone
-    y = run_output(
-        emulate(SOURCE, mode),
-        tensors,
-        np.ascontiguousarray(m[:, half:]),
-        tile_scale[half:],
-        filter_scale,
-        half,
-        schedule=schedule,
-    )
+    later = np.ascontiguousarray(m[:, half:])
+    y = run_output(kernel, tensors, later, tile_scale[half:], filter_scale, half, **how)
     a = case.tile + 2
     _, _, at = matrices(case)
     square = decode(m)[..., : case.k].reshape(a, a, count, case.k)
@@ -431,6 +416,27 @@ def test_output_transform(emulate, run, case):
     bound = half_ulp + TRANSFORM * 2.0**-24 * magnitude
     excess = (abs(written - value) - bound) * inside
     assert excess.max() <= 0, f"worst {excess.max():.2e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("check", [check_input_transform, check_output_transform])
+def test_transforms(emulate, run, check, case):
+    mode, schedule = run
+    check(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rotate", [False, True])
+def test_filter_transform(emulate, run, case, rotate):
+    mode, schedule = run
+    check_filter_transform(emulate(SOURCE, mode), case, rotate, schedule=schedule)
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_product(emulate, run, shape, domain):
+    mode, schedule = run
+    check_product(emulate(SOURCE, mode), shape, domain, schedule=schedule)
 
 
 # --- the whole ---
@@ -491,6 +497,7 @@ def error(y, expected):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("mode", ["fast", "check", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_forward(emulate, mode, case):
     tensors = Tensors(case)
     y, _ = run_forward(emulate(SOURCE, mode), tensors)
@@ -554,9 +561,10 @@ DIRECT_BOUND = {
 }
 
 
-def run_direct(kernel, tensors, **how):
+def run_direct(kernel, tensors, u=None, **how):
     case = tensors.case
-    u, _ = run_filter(kernel, tensors, tile=1, **how)
+    if u is None:
+        u, _ = run_filter(kernel, tensors, tile=1, **how)
     y = empty(tensors.layout(tensors.residual).shape, case.dtype)
     sizes = (case.n, case.h, case.w, case.c, *case.out, case.k, padded(case.k))
     fields = {
@@ -576,9 +584,50 @@ def run_direct(kernel, tensors, **how):
     return tensors.back(y)
 
 
+def check_direct(kernel, case, u=None, **how):
+    tensors = Tensors(case)
+    y = run_direct(kernel, tensors, u, **how)
+    assert error(y, convolution(tensors)) <= DIRECT_BOUND[case.domain, case.dtype]
+
+
 @pytest.mark.parametrize("case", DIRECT, ids=str)
 def test_direct(emulate, run, case):
     mode, schedule = run
-    tensors = Tensors(case)
-    y = run_direct(emulate(SOURCE, mode), tensors, schedule=schedule)
-    assert error(y, convolution(tensors)) <= DIRECT_BOUND[case.domain, case.dtype]
+    check_direct(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+def direct_filter(tensors):
+    """What `run_filter` gives for the direct kernel, without it."""
+    case = tensors.case
+    u = np.zeros((9, padded(case.k), case.c), tensors.weight.dtype)
+    u[:, : case.k] = tensors.weight.reshape(case.k, case.c, 9).transpose(2, 0, 1)
+    return u
+
+
+# For mutate.py: each file, by what it is tested with.
+CORE = CSRC / "core" / "winograd"
+MUTATE = [
+    Recipe(
+        CORE / "cuda_transforms.cu",
+        [
+            *(
+                functools.partial(check, case=case)
+                for case in CASES
+                for check in (check_input_transform, check_output_transform)
+            ),
+            *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
+        ],
+    ),
+    Recipe(
+        CORE / "cuda_product.cu",
+        [
+            functools.partial(check_product, shape=shape, domain=domain)
+            for shape in PRODUCTS
+            for domain in DOMAINS
+        ],
+    ),
+    Recipe(
+        CORE / "cuda_direct.cu",
+        [functools.partial(check_direct, case=c, u=direct_filter(Tensors(c))) for c in DIRECT],
+    ),
+]
