@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emulator.build import HERE, ROOT
+from emulator.build import CACHE, HERE, ROOT
 from emulator.harness import Kernel
 
 
@@ -88,8 +88,8 @@ def how_caught(recipe, text):
             return next(iter(getattr(error, "kinds", [])), "numbers")
         finally:
             kernel.close()
-            kernel.library.unlink()
-            kernel.library.with_suffix(".cu").unlink()
+            for made in CACHE.glob(f"{kernel.library.stem.rpartition('-')[0]}*"):
+                made.unlink()
     return ""
 
 
