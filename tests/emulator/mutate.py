@@ -35,8 +35,12 @@ class Recipe:
 
 # What is replaced (in code, not in comments), and by what.
 MUTATIONS = [
-    (r"__sync(threads|warp)\(\);", r";", "no barrier"),
-    (r"ptx::(\w*(wait|commit|fence|barrier)\w*)(<[^>]*>)?\([^;]*\);", r";", "no wait or commit"),
+    (r"__sync(threads|warp)\(\);", r"/* \g<0> */;", "no barrier"),
+    (
+        r"ptx::(\w*(wait|commit|fence|barrier)\w*)(<[^>]*>)?\([^;]*\);",
+        r"/* \g<0> */;",
+        "no wait or commit",
+    ),
     (r"wait_group<([^>]*)>", r"wait_group<\1 + 1>", "one group less waited for"),
     (r" < ", r" <= ", "< to <="),
     (r" > ", r" >= ", "> to >="),
