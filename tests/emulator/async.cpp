@@ -164,11 +164,7 @@ void cp_async(uint32_t address, const void* vsource, int bytes, int source_bytes
   if (checking) {
     touch(destination, bytes, Access::write, pc);
     mark_in_flight(destination, bytes, pc);
-    int step = bytes;  // the copied bytes, in accesses of powers of two
-    for (int i = 0; i < source_bytes; i += step) {
-      while (i + step > source_bytes) step /= 2;
-      touch(source + i, step, Access::read, pc);
-    }
+    touch_range(source, source_bytes, Access::read, pc);
   }
   std::memset(destination, kPoison, bytes);
   copies[current->number].open.push_back({destination, source, bytes, source_bytes, pc});
@@ -260,14 +256,13 @@ bool land_one() {
   loads.pop_front();
   const OnBehalfOf instruction(load.pc);
   const int bytes = load.map.box_bytes();
-  load.map.for_each(load.coordinates, load.address, [&](uint32_t address, char* item) {
-    char* destination = shared_at(address, load.map.item_bytes, load.pc);
-    if (item) {
-      std::memcpy(destination, item, load.map.item_bytes);
-    } else {
-      std::memset(destination, 0, load.map.item_bytes);
-    }
-  });
+  load.map.for_each_chunk(load.coordinates, load.address,
+                          [&](uint32_t address, const char* source, int first, int end) {
+                            char* destination = shared_at(address, 16, load.pc);
+                            std::memset(destination, 0, 16);
+                            if (first < end)
+                              std::memcpy(destination + first, source + first, end - first);
+                          });
   Mbarrier& b = mbarriers.at(load.barrier);
   if (checking) {
     mark_landed(shared_at(load.address, bytes, load.pc), bytes, load.issued, true);
@@ -297,11 +292,12 @@ void tma_store_wait(int keep) {
   stores[current->number].retire(keep, [](const Store& s) {
     const OnBehalfOf instruction(s.pc);
     read_for_store(s);
-    s.map.for_each(s.coordinates, s.address, [&](uint32_t address, char* item) {
-      if (!item) return;
-      if (checking) touch(item, s.map.item_bytes, Access::write, s.pc);
-      std::memcpy(item, shared_at(address, s.map.item_bytes, s.pc), s.map.item_bytes);
-    });
+    s.map.for_each_chunk(
+        s.coordinates, s.address, [&](uint32_t address, char* target, int first, int end) {
+          if (first >= end) return;
+          if (checking) touch_range(target + first, end - first, Access::write, s.pc);
+          std::memcpy(target + first, shared_at(address, 16, s.pc) + first, end - first);
+        });
   });
 }
 

@@ -78,17 +78,16 @@ def compiler():
     return digest(told("--version"), told("-march=native", "-Q", "--help=target"), cuda_include())
 
 
-def make(target, *commands):
-    """Runs the commands, in which {} is a folder for what they make; `target` is kept of it."""
+def make(target, command):
+    """Runs a command, in which {} is a folder for what it makes; `target` is kept of that."""
     if target.exists():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        for command in commands:
-            command = [str(part).replace("{}", folder) for part in command]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        command = [str(part).replace("{}", folder) for part in command]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
         (Path(folder) / target.name).replace(target)
     return target
 
@@ -97,14 +96,12 @@ def make(target, *commands):
 def runtime():
     """The emulator's own object files, which every kernel's library is linked with."""
     flags = [*COMMON_FLAGS, *RUNTIME_FLAGS, "-Wall", "-Wextra", "-isystem", cuda_include()]
-    key = digest(compiler(), flags, *contents(HERE.glob("*.h")), *contents(HERE.glob("*.cpp")))
-    return [
-        make(
-            CACHE / f"{source.stem}-{key}.o",
-            ["g++", *flags, "-c", source, "-o", f"{{}}/{source.stem}-{key}.o"],
-        )
-        for source in sorted(HERE.glob("*.cpp"))
-    ]
+    headers = contents(HERE.glob("*.h"))
+    objects = []
+    for source in sorted(HERE.glob("*.cpp")):
+        name = f"{source.stem}-{digest(compiler(), flags, *headers, source.read_bytes())}.o"
+        objects.append(make(CACHE / name, ["g++", *flags, "-c", source, "-o", f"{{}}/{name}"]))
+    return objects
 
 
 def compile_kernel(source, mode="fast", defines=(), text=None):
@@ -113,13 +110,10 @@ def compile_kernel(source, mode="fast", defines=(), text=None):
         raise RuntimeError(reason)
     source = (ROOT / source).resolve()
     body = source.read_bytes() if text is None else text.encode()
-    headers = [
-        p for p in {*CSRC.rglob("*"), *source.parent.iterdir()} if p.suffix in (".h", ".cuh")
-    ]
+    folders = {*CSRC.rglob("*"), *source.parent.iterdir(), *HERE.iterdir()}
+    headers = contents(path for path in folders if path.suffix in (".h", ".cuh"))
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS[mode], *(f"-D{define}" for define in defines)]
-    objects = runtime()
-    key = digest(compiler(), flags, source, body, *contents(headers), *(o.name for o in objects))
-    name = f"{source.stem}-{mode}-{key}"
+    name = f"{source.stem}-{mode}-{digest(compiler(), flags, source, body, *headers)}"
     if text is not None:
         CACHE.mkdir(parents=True, exist_ok=True)
         changed = CACHE / f"{name}.cu"
@@ -128,7 +122,8 @@ def compile_kernel(source, mode="fast", defines=(), text=None):
         *("g++", "-x", "c++", *flags, "-Wno-unknown-pragmas", "-Wno-attributes"),
         *("-include", HERE / "emulator.h", "-I", CSRC, "-I", CSRC / "core", "-I", source.parent),
         *("-isystem", cuda_include(), "-c", source if text is None else changed),
-        *("-o", f"{{}}/{name}.o"),
     ]
-    link_it = ["g++", "-shared", "-Wl,-Bsymbolic", f"{{}}/{name}.o", *objects, "-ldl"]
-    return make(CACHE / f"{name}.so", compile_it, [*link_it, "-o", f"{{}}/{name}.so"])
+    objects = [make(CACHE / f"{name}.o", [*compile_it, "-o", f"{{}}/{name}.o"]), *runtime()]
+    library = f"{name}-{digest(*(path.name for path in objects))}.so"
+    link_it = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", f"{{}}/{library}"]
+    return make(CACHE / library, link_it)

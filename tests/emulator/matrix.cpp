@@ -59,10 +59,12 @@ struct MmaOperands {
   uint32_t metadata;
 };
 
+using Row = float __attribute__((vector_size(kColumns * sizeof(float))));
+
 struct Tiles {
   float a[kRows][kMaxDepth];
-  float b[kMaxDepth][kColumns];
-  float d[kRows][kColumns];
+  Row b[kMaxDepth];
+  Row d[kRows];
 };
 
 const MmaOperands& operands_of(void** all, int lane) {
@@ -87,7 +89,7 @@ void unpack_a(int type, int depth, const uint32_t* a, int lane, float (*out)[kMa
   }
 }
 
-void unpack_b(int type, int depth, const uint32_t* b, int lane, float (*out)[kColumns]) {
+void unpack_b(int type, int depth, const uint32_t* b, int lane, Row* out) {
   const int g = lane / 4, q = lane % 4;
   const int per_register = type == TF32 ? 1 : 2;
   for (int r = 0; r < depth / 4 / per_register; ++r) {
@@ -131,9 +133,7 @@ void mma(int type, int depth, float* d, const uint32_t* a, const uint32_t* b, co
       unpack_b(type, depth, operands_of(all, lane).b, lane, t.b);
     }
     for (int k = 0; k < depth; ++k) {
-      for (int i = 0; i < kRows; ++i) {
-        for (int j = 0; j < kColumns; ++j) t.d[i][j] += t.a[i][k] * t.b[k][j];
-      }
+      for (int i = 0; i < kRows; ++i) t.d[i] += t.a[i][k] * t.b[k];
     }
     store_d(all, t);
   });
@@ -165,8 +165,7 @@ void mma_sp(int type, int depth, float* d, const uint32_t* a, const uint32_t* b,
                  index);
         }
         previous = index;
-        const float* b_row = t.b[4 * (stored / 2) + index];
-        for (int j = 0; j < kColumns; ++j) t.d[row][j] += t.a[row][stored] * b_row[j];
+        t.d[row] += t.a[row][stored] * t.b[4 * (stored / 2) + index];
       }
     }
     store_d(all, t);
@@ -325,7 +324,7 @@ void compute(const Wgmma& w) {
     read_row(w.type, b_matrix, j, w.pc, column);
     for (int k = 0; k < depth; ++k) b[k][j] = column[k];
   }
-  float* d = w.accumulators->values.data();
+  float* __restrict__ d = w.accumulators->values.data();
   if (!w.scale_d) std::fill_n(d, kRows * w.columns, 0.f);
   for (int i = 0; i < kRows; ++i) {
     for (int k = 0; k < depth; ++k) {

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emulator.build import HERE, ROOT
+from emulator.build import CACHE, HERE, ROOT
 from emulator.harness import Kernel
 
 
@@ -35,8 +35,12 @@ class Recipe:
 
 # What is replaced (in code, not in comments), and by what.
 MUTATIONS = [
-    (r"__sync(threads|warp)\(\);", r";", "no barrier"),
-    (r"ptx::(\w*(wait|commit|fence|barrier)\w*)(<[^>]*>)?\([^;]*\);", r";", "no wait or commit"),
+    (r"__sync(threads|warp)\(\);", r"/* \g<0> */;", "no barrier"),
+    (
+        r"ptx::(\w*(wait|commit|fence|barrier)\w*)(<[^>]*>)?\([^;]*\);",
+        r"/* \g<0> */;",
+        "no wait or commit",
+    ),
     (r"wait_group<([^>]*)>", r"wait_group<\1 + 1>", "one group less waited for"),
     (r" < ", r" <= ", "< to <="),
     (r" > ", r" >= ", "> to >="),
@@ -88,8 +92,8 @@ def how_caught(recipe, text):
             return next(iter(getattr(error, "kinds", [])), "numbers")
         finally:
             kernel.close()
-            kernel.library.unlink()
-            kernel.library.with_suffix(".cu").unlink()
+            for made in CACHE.glob(f"{kernel.library.stem.rpartition('-')[0]}*"):
+                made.unlink()
     return ""
 
 

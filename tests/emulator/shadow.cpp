@@ -170,19 +170,6 @@ void check(Region& region, const char* p, int bytes, Access access, const void* 
   }
 }
 
-void touch_range(const void* p, size_t bytes, Access access, const void* pc) {
-  const char* c = static_cast<const char*>(p);
-  while (bytes) {
-    const auto address = reinterpret_cast<uintptr_t>(c);
-    int step = 16;
-    while (step > 1 && (step > static_cast<int>(std::min<size_t>(bytes, 16)) || address % step))
-      step /= 2;
-    touch(c, step, access, pc);
-    c += step;
-    bytes -= step;
-  }
-}
-
 }  // namespace
 
 void touch(const void* vp, int bytes, Access access, const void* pc) {
@@ -200,6 +187,18 @@ void touch(const void* vp, int bytes, Access access, const void* pc) {
   if (static_cast<size_t>(p - arguments) < arguments_bytes) return;
   if (p >= module_low && p < module_high) return;  // constants of the kernel's file
   fail("OUT-OF-BOUNDS", pc, nullptr, "%s of %d bytes %s", verb(access), bytes, describe(p).c_str());
+}
+
+void touch_range(const void* p, size_t bytes, Access access, const void* pc) {
+  const char* c = static_cast<const char*>(p);
+  while (bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(c);
+    int step = 16;
+    while (static_cast<size_t>(step) > bytes || address % step) step /= 2;
+    touch(c, step, access, pc);
+    c += step;
+    bytes -= step;
+  }
 }
 
 void touch_async_read(const void* vp, int bytes, const void* pc) {

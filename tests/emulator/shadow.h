@@ -25,6 +25,8 @@ extern bool checking;
 // An access by the current thread.
 enum class Access { read, write, atomic };
 void touch(const void* p, int bytes, Access access, const void* pc);
+// Any number of bytes, in accesses of powers of two.
+void touch_range(const void* p, size_t bytes, Access access, const void* pc);
 // A read by TMA or wgmma: what threads wrote must be behind their fence.proxy.async.
 void touch_async_read(const void* p, int bytes, const void* pc);
 

@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace emu {
@@ -35,22 +36,31 @@ struct TensorMap {
     return bytes;
   }
 
-  // visit(shared address, item in global memory, or null where the tensor has none) for each item of the box at
-  // `coordinates`, whose tile begins at `address`.
+  // The box at `coordinates`, 16 bytes at a time: visit(shared address, its place in the tensor, first, end), of which bytes
+  // first ... end - 1 are in the tensor. The tile begins at `address`.
   template <class Visit>
-  void for_each(const int* coordinates, uint32_t address, Visit visit) const {
+  void for_each_chunk(const int* coordinates, uint32_t address, Visit visit) const {
+    constexpr int kChunk = 16;
+    const int items = kChunk / item_bytes;
     int index[kMaxRank] = {};
-    const int items = box_bytes() / item_bytes;
-    for (int i = 0; i < items; ++i) {
-      char* item = base;
+    for (int done = 0; done < box_bytes(); done += kChunk) {
       bool inside = true;
-      for (int d = 0; d < rank; ++d) {
+      char* place = base;
+      for (int d = 1; d < rank; ++d) {
         const int64_t at = int64_t{coordinates[d]} + index[d];
         inside &= at >= 0 && at < static_cast<int64_t>(extent[d]);
-        item += at * static_cast<int64_t>(d ? stride[d - 1] : item_bytes);
+        place += at * static_cast<int64_t>(stride[d - 1]);
       }
-      visit(swizzled(address + i * item_bytes, swizzle), inside ? item : nullptr);
-      for (int d = 0; d < rank && ++index[d] == box[d]; ++d) index[d] = 0;
+      const int64_t at = int64_t{coordinates[0]} + index[0];
+      const int64_t first = std::clamp<int64_t>(-at, 0, items);
+      const int64_t end = std::clamp<int64_t>(static_cast<int64_t>(extent[0]) - at, first, items);
+      visit(swizzled(address + done, swizzle), place + at * item_bytes,
+            static_cast<int>(first) * item_bytes, inside ? static_cast<int>(end) * item_bytes : 0);
+      index[0] += items;
+      for (int d = 0; d + 1 < rank && index[d] == box[d]; ++d) {
+        index[d] = 0;
+        ++index[d + 1];
+      }
     }
   }
 };
