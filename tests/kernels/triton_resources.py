@@ -30,7 +30,8 @@ TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 
 def launches(architecture=90):
     """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
-    for sm_90 the transforms of every tile in both domains, for the others those of F4."""
+    for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4; for the
+    others the forward pass of F4."""
     recorded = {}
 
     def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
@@ -42,11 +43,14 @@ def launches(architecture=90):
         recorded.setdefault(name, (kernel, arguments, constants, warps, stages))
 
     with record_launches(record):
-        for tile in (4, 2, 6) if architecture == 90 else (4,):
-            transforms(tile, "f16", torch.bfloat16, True)
-            transforms(tile, "f32", torch.float32, True)
+        transforms(4, "f16", torch.bfloat16, True, gradients=architecture == 90)
+        transforms(4, "f32", torch.float32, True, gradients=architecture == 90)
         if architecture == 90:
-            transforms(4, "f16", torch.bfloat16, False)
+            transforms(2, "f16", torch.bfloat16, True)
+            transforms(2, "f32", torch.float32, True)
+            transforms(6, "f16", torch.bfloat16, True, gradients=False)
+            transforms(6, "f32", torch.float32, True, gradients=False)
+            transforms(4, "f16", torch.bfloat16, False, gradients=False)
             transforms(4, "f16", torch.bfloat16, False, n=32)  # tiles for the wide NCHW block
         products, summed = winograd.configurations()
         for domain, block in products:
@@ -74,7 +78,7 @@ class record_launches:
         winograd._launch, winograd._check_tensor = self.kept
 
 
-def transforms(tile, domain, dtype, last, n=2, channels=64):
+def transforms(tile, domain, dtype, last, n=2, channels=64, gradients=True):
     """Calls that launch every transform, with all that an epilogue can have."""
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.empty(n, channels, 48, 48, dtype=dtype, device="meta", memory_format=layout)
@@ -82,6 +86,8 @@ def transforms(tile, domain, dtype, last, n=2, channels=64):
     w = x.new_empty(channels, channels, 3, 3)
     u, scale = winograd.transform_filter(w, tile, domain)
     winograd.forward(x, u, scale, bias, x, channels, *geometry, True, False, domain)
+    if not gradients:
+        return
     winograd.weight_gradient(x, x, *geometry, False, domain)
     w = x.new_empty(channels, channels, tile + 2, tile + 2)
     u, scale = winograd.transform_filter(w, tile, domain, rotate=True, spatial=False)
