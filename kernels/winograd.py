@@ -964,7 +964,7 @@ def forward(
     workspace_limit, in bytes, bounds V, M and the scales; tiles are worked on in as many chunks as
     that takes, and less than 128 of them is an error.
     """
-    _check("forward", tile, domain, input=input)
+    _check("forward", tile, domain, input=input, filter=filter)
     _check_filter("forward", input, filter, scale, out_channels, tile, domain)
     g = Geometry(input.shape[0], *input.shape[2:], tuple(padding), tuple(dilation), tile)
     _check_geometry("forward", g)
@@ -1095,7 +1095,7 @@ def relu_input_gradient(
     sum in a fixed order. workspace_limit bounds the transformed gradient, the products and the
     patches; too small for one image is an error that says what it takes.
     """
-    _check("relu_input_gradient", tile, domain, grad=grad, input=input)
+    _check("relu_input_gradient", tile, domain, grad=grad, input=input, filter=filter)
     g = Geometry(input.shape[0], *input.shape[2:], tuple(padding), tuple(dilation), tile)
     _check_geometry("relu_input_gradient", g)
     _check_grad("relu_input_gradient", grad, input, g)

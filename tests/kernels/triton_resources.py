@@ -5,8 +5,9 @@ the machine code by the cuobjdump in Triton's package.
     python tests/kernels/triton_resources.py    writes resources_triton.json anew, in some minutes
 
 Each row is one launch: registers of a thread, bytes of stack (spills), bytes of shared memory, and
-how many matrix and copy instructions there are. HMMA is sm_80's matrix instruction, HGMMA sm_90's,
-UTCHMMA sm_100's; LDGSTS copies to shared memory in the background."""
+how many matrix and copy instructions there are. HMMA is sm_80's matrix instruction, HGMMA sm_90's
+for blocks of 64 rows and more, UTCHMMA sm_100's; LDGSTS copies to shared memory in the background.
+"""
 
 import json
 import re
@@ -24,14 +25,15 @@ from pywino.kernels import winograd
 
 TABLE = Path(__file__).with_name("resources_triton.json")
 ARCHITECTURES = (90, 80, 100)
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
+INSTRUCTIONS = (*MATRIX_INSTRUCTIONS, "LDGSTS")
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 def launches(architecture=90):
     """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
     for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4; for the
-    others the forward pass of F4."""
+    others the forward pass of F4 in "f16"."""
     recorded = {}
 
     def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
@@ -44,10 +46,10 @@ def launches(architecture=90):
 
     with record_launches(record):
         transforms(4, "f16", torch.bfloat16, True, gradients=architecture == 90)
-        transforms(4, "f32", torch.float32, True, gradients=architecture == 90)
         if architecture == 90:
+            transforms(4, "f32", torch.float32, True)
             transforms(2, "f16", torch.bfloat16, True)
-            transforms(2, "f32", torch.float32, True)
+            transforms(2, "f32", torch.float32, True, gradients=False)
             transforms(6, "f16", torch.bfloat16, True, gradients=False)
             transforms(6, "f32", torch.float32, True, gradients=False)
             transforms(4, "f16", torch.bfloat16, False, gradients=False)
@@ -61,7 +63,7 @@ def launches(architecture=90):
         for domain, block in summed:
             d = torch.empty(36, 128, block.k, dtype=winograd.DOMAINS[domain], device="meta")
             v, s = d.new_empty(36, 128, block.c), d.new_empty(2, 36, block.k, block.c).float()
-            for accumulate in (False, True):
+            for accumulate in (False, True) if architecture == 90 else (False,):
                 winograd._multiply_summed(d, v, s, domain, accumulate)
     return recorded
 
