@@ -247,12 +247,14 @@ def _patch_in_domain(
     right = tl.cast(stride_w, tl.int64) * dil_w
     half = ()
     for j in tl.static_range(SIZE):
+        at = corner
         column = ()
         for i in tl.static_range(SIZE):
             mask = _inside(y + i * dil_h, x + j * dil_w, height, width, within, CHANNELS_LAST)
-            d = tl.load(corner + (i * down + j * right), mask=mask, other=0)
-            column = column + (d.to(tl.float32),)
+            column = column + (tl.load(at, mask=mask, other=0).to(tl.float32),)
+            at += down
         half = half + (_times(X, TILE, column),)
+        corner += right
     return half
 
 
@@ -279,6 +281,7 @@ def _to_domain(
     y = tl.where(t < tiles, y - pad_h, height)  # a padded tile lies below the image: zeros
     x = x - pad_w
     lanes = tl.arange(0, BLOCK_CHANNELS)
+    plane = rows.to(tl.int64) * padded
     if SCALES == "tile":
         if CHANNELS_LAST:
             peak = tl.zeros((BLOCK_TILES, BLOCK_CHANNELS), tl.float32)
@@ -317,7 +320,7 @@ def _to_domain(
             CHANNELS_LAST,
         )  # fmt: skip
         at = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(c, CHANNELS_LAST)
-        plane = rows.to(tl.int64) * padded
+        at = v + at
         mask = _on_channels(c < padded, CHANNELS_LAST)
         for i in tl.static_range(A):
             row = _times(X, TILE, _nth(half, i))
@@ -327,7 +330,8 @@ def _to_domain(
                     value = tl.where(value < 0, 0.0, value)  # NaN stays NaN
                 if SCALES is not None:
                     value = value * factor
-                tl.store(v + (i * A + j) * plane + at, value.to(v.dtype.element_ty), mask=mask)
+                tl.store(at, value.to(v.dtype.element_ty), mask=mask)
+                at += plane  # one step at a time: a^2 products i plane would fill the registers
 
 
 @jit
@@ -371,16 +375,18 @@ def _from_domain(
     t = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     k = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     within = _on_tiles(t < tiles, CHANNELS_LAST) & _on_channels(k < channels, CHANNELS_LAST)
-    at = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(k, CHANNELS_LAST)
+    corner = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(k, CHANNELS_LAST)
+    corner = m + corner
     plane = rows.to(tl.int64) * padded
     half = ()
-    for j in tl.static_range(A):
+    for _ in tl.static_range(A):
+        at = corner
         column = ()
-        for i in tl.static_range(A):
-            column = column + (
-                tl.load(m + (i * A + j) * plane + at, mask=within, other=0).to(tl.float32),
-            )
+        for _ in tl.static_range(A):
+            column = column + (tl.load(at, mask=within, other=0).to(tl.float32),)
+            at += A * plane
         half = half + (_times(X_AT, TILE, column),)
+        corner += plane
     if SCALED:
         tile_scale = _on_tiles(tl.load(scale + t, mask=t < tiles, other=0), CHANNELS_LAST)
         k_scale = tl.load(filter_scale + k, mask=k < channels, other=0)
@@ -393,9 +399,9 @@ def _from_domain(
     right = tl.cast(stride_w, tl.int64) * dil_w
     for p in tl.static_range(TILE):
         row = _times(X_AT, TILE, _nth(half, p))
+        offset = corner
         for q in tl.static_range(TILE):
             mask = _inside(y + p * dil_h, x + q * dil_w, height, width, within, CHANNELS_LAST)
-            offset = corner + (p * down + q * right)
             value = row[q]
             if SCALED:
                 value = value * tile_scale * k_scale
@@ -406,6 +412,8 @@ def _from_domain(
             if RELU:
                 value = tl.where(value < 0, 0.0, value)
             tl.store(output + offset, value.to(output.dtype.element_ty), mask=mask)
+            offset += right
+        corner += down
 
 
 @jit
@@ -548,27 +556,33 @@ def _masked_patches(
         corner, y, x, height, width, stride_h, stride_w, dil_h, dil_w, within, X_BT, TILE,
         CHANNELS_LAST,
     )  # fmt: skip
-    at = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(c, CHANNELS_LAST)
+    offset = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(c, CHANNELS_LAST)
     plane = rows.to(tl.int64) * padded
+    at = m + offset
     rows_of_patch = ()
     for i in tl.static_range(A):
         v = _times(X_BT, TILE, _nth(half, i))
         row = ()
         for j in tl.static_range(A):
-            dv = tl.load(m + (i * A + j) * plane + at, mask=within, other=0).to(tl.float32)
+            dv = tl.load(at, mask=within, other=0).to(tl.float32)
             row = row + (tl.where(v[j] > 0, dv, 0.0),)
+            at += plane
         rows_of_patch = rows_of_patch + (_times(X_B, TILE, row),)
     if SCALED:
         tile_scale = _on_tiles(tl.load(scale + t, mask=t < tiles, other=0), CHANNELS_LAST)
         c_scale = tl.load(filter_scale + c, mask=c < channels, other=0)
         c_scale = _on_channels(c_scale, CHANNELS_LAST)
+    corner = patches + offset
     for j in tl.static_range(A):
         column = _times(X_B, TILE, _nth(rows_of_patch, j))
+        at = corner
         for i in tl.static_range(A):
             value = column[i]
             if SCALED:
                 value = value * tile_scale * c_scale
-            tl.store(patches + (i * A + j) * plane + at, value, mask=within)
+            tl.store(at, value, mask=within)
+            at += A * plane
+        corner += plane
 
 
 @jit
@@ -950,7 +964,7 @@ def forward(
     workspace_limit, in bytes, bounds V, M and the scales; tiles are worked on in as many chunks as
     that takes, and less than 128 of them is an error.
     """
-    _check("forward", tile, domain, input=input)
+    _check("forward", tile, domain, input=input, filter=filter)
     _check_filter("forward", input, filter, scale, out_channels, tile, domain)
     g = Geometry(input.shape[0], *input.shape[2:], tuple(padding), tuple(dilation), tile)
     _check_geometry("forward", g)
@@ -1081,7 +1095,7 @@ def relu_input_gradient(
     sum in a fixed order. workspace_limit bounds the transformed gradient, the products and the
     patches; too small for one image is an error that says what it takes.
     """
-    _check("relu_input_gradient", tile, domain, grad=grad, input=input)
+    _check("relu_input_gradient", tile, domain, grad=grad, input=input, filter=filter)
     g = Geometry(input.shape[0], *input.shape[2:], tuple(padding), tuple(dilation), tile)
     _check_geometry("relu_input_gradient", g)
     _check_grad("relu_input_gradient", grad, input, g)

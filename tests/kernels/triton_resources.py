@@ -5,8 +5,9 @@ the machine code by the cuobjdump in Triton's package.
     python tests/kernels/triton_resources.py    writes resources_triton.json anew, in some minutes
 
 Each row is one launch: registers of a thread, bytes of stack (spills), bytes of shared memory, and
-how many matrix and copy instructions there are. HMMA is sm_80's matrix instruction, HGMMA sm_90's,
-UTCHMMA sm_100's; LDGSTS copies to shared memory in the background."""
+how many matrix and copy instructions there are. HMMA is sm_80's matrix instruction, HGMMA sm_90's
+for blocks of 64 rows and more, UTCHMMA sm_100's; LDGSTS copies to shared memory in the background.
+"""
 
 import json
 import re
@@ -24,13 +25,15 @@ from pywino.kernels import winograd
 
 TABLE = Path(__file__).with_name("resources_triton.json")
 ARCHITECTURES = (90, 80, 100)
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
+INSTRUCTIONS = (*MATRIX_INSTRUCTIONS, "LDGSTS")
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 def launches(architecture=90):
     """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
-    for sm_90 the transforms of every tile in both domains, for the others those of F4."""
+    for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4; for the
+    others the forward pass of F4 in "f16"."""
     recorded = {}
 
     def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
@@ -42,11 +45,14 @@ def launches(architecture=90):
         recorded.setdefault(name, (kernel, arguments, constants, warps, stages))
 
     with record_launches(record):
-        for tile in (4, 2, 6) if architecture == 90 else (4,):
-            transforms(tile, "f16", torch.bfloat16, True)
-            transforms(tile, "f32", torch.float32, True)
+        transforms(4, "f16", torch.bfloat16, True, gradients=architecture == 90)
         if architecture == 90:
-            transforms(4, "f16", torch.bfloat16, False)
+            transforms(4, "f32", torch.float32, True)
+            transforms(2, "f16", torch.bfloat16, True)
+            transforms(2, "f32", torch.float32, True, gradients=False)
+            transforms(6, "f16", torch.bfloat16, True, gradients=False)
+            transforms(6, "f32", torch.float32, True, gradients=False)
+            transforms(4, "f16", torch.bfloat16, False, gradients=False)
             transforms(4, "f16", torch.bfloat16, False, n=32)  # tiles for the wide NCHW block
         products, summed = winograd.configurations()
         for domain, block in products:
@@ -57,7 +63,7 @@ def launches(architecture=90):
         for domain, block in summed:
             d = torch.empty(36, 128, block.k, dtype=winograd.DOMAINS[domain], device="meta")
             v, s = d.new_empty(36, 128, block.c), d.new_empty(2, 36, block.k, block.c).float()
-            for accumulate in (False, True):
+            for accumulate in (False, True) if architecture == 90 else (False,):
                 winograd._multiply_summed(d, v, s, domain, accumulate)
     return recorded
 
@@ -74,7 +80,7 @@ class record_launches:
         winograd._launch, winograd._check_tensor = self.kept
 
 
-def transforms(tile, domain, dtype, last, n=2, channels=64):
+def transforms(tile, domain, dtype, last, n=2, channels=64, gradients=True):
     """Calls that launch every transform, with all that an epilogue can have."""
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.empty(n, channels, 48, 48, dtype=dtype, device="meta", memory_format=layout)
@@ -82,6 +88,8 @@ def transforms(tile, domain, dtype, last, n=2, channels=64):
     w = x.new_empty(channels, channels, 3, 3)
     u, scale = winograd.transform_filter(w, tile, domain)
     winograd.forward(x, u, scale, bias, x, channels, *geometry, True, False, domain)
+    if not gradients:
+        return
     winograd.weight_gradient(x, x, *geometry, False, domain)
     w = x.new_empty(channels, channels, tile + 2, tile + 2)
     u, scale = winograd.transform_filter(w, tile, domain, rotate=True, spatial=False)
