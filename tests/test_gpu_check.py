@@ -478,7 +478,18 @@ def test_candidates_come_from_the_backends(monkeypatch):
     assert seen[0].dtype == torch.bfloat16
     assert seen[0].channels_last
     assert seen[0].output_size == (224, 224)
+    assert not seen[0].tf32
+    ours.candidates(layer, "forward", "tf32", "channels_last", "cuda")
+    assert seen[-1].tf32
     assert ours.candidates(layer, "input gradient", "bf16", "nchw", "cuda") == []
+
+
+def test_what_leaves_the_error_class_is_no_default():
+    assert ours.is_outside("fp16", ("cuda", "f4", "default"), "cuda")
+    assert not ours.is_outside("fp16", ("cuda", "f4", "fast"), "cuda")
+    assert not ours.is_outside("bf16", ("cuda", "f4", "default"), "cuda")
+    assert ours.is_outside("fp32", ("triton", "f6", "default"), "cuda")
+    assert not ours.is_outside("fp32", ("cpu", "f6", "default"), "cpu")
 
 
 def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
@@ -507,14 +518,14 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
 
 def test_finalists():
     def row(key, backend, precision, us, wrong=False):
-        return {"key": key, "backend": backend, "precision": precision, "rough_us": us} | (
-            {"wrong": wrong}
-        )
+        facts = {"key": key, "backend": backend, "precision": precision, "rough_us": us}
+        return facts | {"wrong": wrong, "outside": key == "outside"}
 
     found = {
         "slow": row("slow", "cuda", "default", 9.0),
         "quick": row("quick", "triton", "default", 2.0),
         "wrong": row("wrong", "cuda", "default", 1.0, wrong=True),
+        "outside": row("outside", "cuda", "default", 1.0),
         "fast": row("fast", "cuda", "fast", 1.5),
         "auto": row("auto", "auto", "default", 2.5),
         "other": row("other", "cuda", "default", 0.1),
