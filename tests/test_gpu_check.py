@@ -324,6 +324,8 @@ def test_compare_tells_graphs_from_eager_calls():
     assert found["ours"]["hot"]["calls"] == 8  # of 25 µs: 200 µs
     assert found["ours"]["cold"]["calls"] == 64
     assert "graph" not in found["ours"]
+    eager = timing.compare(clock, {"ours": (clock.takes("a", 20e-6), (x,))}, graphs=False)
+    assert eager["ours"]["hot"] is None
 
 
 def test_a_failing_capture_leaves_the_eager_times():
@@ -391,9 +393,12 @@ def test_a_graph_is_captured_on_the_stream_of_its_first_run(monkeypatch):
     assert clock.graph([call, call]) is graph.replay
     assert seen == ["call", "call", "begin", "call", "call", "end"]
     assert Stream.current is main
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.full((2,), 1.0))
+    assert not clock.is_lost()
     with pytest.raises(RuntimeError, match="invalidated"):
         clock.graph([lambda: call("bad")])
     assert Stream.current is main
+    assert clock.is_lost()  # for this process: the allocator is still in the capture
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -741,7 +746,11 @@ def dry_run(out: Path, *arguments: str, **variables: str) -> tuple[int, str, Pat
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYWINO", "PYTEST"))}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        [*command, "--dry-run", *arguments], env=environment, capture_output=True, text=True
+        # A busy machine must not be taken for a stage that hangs.
+        [*command, "--dry-run", "--budget", "3000", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     return done.returncode, done.stdout + done.stderr, out
 
