@@ -208,11 +208,14 @@ def test_an_interrupted_run_stops_its_stage_and_writes_what_it_has(tmp_path):
     assert "failed: SIGTERM" in (tmp_path / "tables.md").read_text()
 
 
-def test_the_driver_imports_no_torch():
+def test_the_driver_imports_no_torch(folder):
     """It outlives whatever a stage does to a CUDA context."""
-    code = "import sys; sys.argv = ['check']; import check; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from pathlib import Path; import check; check.report.page(Path(sys.argv[1]));"
+        "assert 'torch' not in sys.modules"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benches" / "gpu")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=True)
 
 
 def test_a_bug_in_a_table_costs_no_results(tmp_path, monkeypatch):
@@ -568,6 +571,9 @@ def ours_row(layer, backend, us, peer_us, precision="default", **changes):
         "algorithm": "f4",
         "precision": precision,
         "flops": 1,
+        "n": 32,
+        "c": int(layer.split("-")[1].split("x")[0]),
+        "aims": True,
         "error": 2e-3,
         "cudnn_error": 1.6e-3,
         "failed": None,

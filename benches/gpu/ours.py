@@ -17,6 +17,7 @@ from gpu.calls import (
     ends,
     exact,
     extra_memory,
+    facts,
     pytorch,
     tensors,
     tiny,
@@ -261,31 +262,30 @@ def run_all(clock, journal: Journal, layers: tuple[Layer, ...], cudnn: list, sam
     for kind, layer, mode, layout in plan(layers):
         setting = best_setting(cudnn, layer, kind, mode)
         setting.apply()  # what can run may depend on PyTorch's switches
-        facts = {"layer": layer.name, "pass": kind, "mode": mode, "layout": layout}
-        facts |= {"flops": layer.flops, "peer": setting.way}
+        told = facts(layer, kind, mode, layout) | {"peer": setting.way}
         keys = []
         for choice in candidates(layer, kind, mode, layout, clock.device):
             keys.append(" | ".join(["check", layer.name, kind, mode, layout, *choice]))
             run = functools.partial(check, clock, setting, layout, choice)
-            journal.run(keys[-1], run, step="check", **facts, **named(choice))
+            journal.run(keys[-1], run, step="check", **told, **named(choice))
         for row in finalists(journal.rows, keys):
             choice = row["backend"], row["algorithm"], row["precision"]
             errors = {name: row[name] for name in ("error", "cudnn_error", "workspace_bytes")}
             run = functools.partial(measure, clock, setting, layout, choice, samples)
             key = row["key"].replace("check", "time", 1)
-            journal.run(key, run, step="time", **facts, **named(choice), **errors)
+            journal.run(key, run, step="time", **told, **named(choice), **errors)
     for kind in ("winograd-relu forward", "winograd-relu training"):
         for layer, mode in itertools.product(layers, ("bf16", "fp32")):
             if layer.name not in RELU_LAYERS:
                 continue
             Setting(layer, kind, mode, "channels_last").apply()
-            facts = {"layer": layer.name, "pass": kind, "mode": mode, "layout": "channels_last"}
-            facts |= {"flops": layer.flops, "peer": "the same formula in PyTorch"}
+            told = facts(layer, kind, mode, "channels_last")
+            told["peer"] = "the same formula in PyTorch"
             for choice in candidates(layer, kind, mode, "channels_last", clock.device):
                 if choice[1] in ("f2", "f4") and choice[2] == "default":
                     run = functools.partial(measure_relu, clock, layer, kind, mode, choice, samples)
                     key = " | ".join(["time", layer.name, kind, mode, "channels_last", *choice])
-                    journal.run(key, run, step="time", **facts, **named(choice))
+                    journal.run(key, run, step="time", **told, **named(choice))
 
 
 def named(choice: tuple) -> dict:
