@@ -208,11 +208,14 @@ def test_an_interrupted_run_stops_its_stage_and_writes_what_it_has(tmp_path):
     assert "failed: SIGTERM" in (tmp_path / "tables.md").read_text()
 
 
-def test_the_driver_imports_no_torch():
+def test_the_driver_imports_no_torch(folder):
     """It outlives whatever a stage does to a CUDA context."""
-    code = "import sys; sys.argv = ['check']; import check; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from pathlib import Path; import check; check.report.page(Path(sys.argv[1]));"
+        "assert 'torch' not in sys.modules"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benches" / "gpu")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=True)
 
 
 def test_a_bug_in_a_table_costs_no_results(tmp_path, monkeypatch):
@@ -324,6 +327,8 @@ def test_compare_tells_graphs_from_eager_calls():
     assert found["ours"]["hot"]["calls"] == 8  # of 25 µs: 200 µs
     assert found["ours"]["cold"]["calls"] == 64
     assert "graph" not in found["ours"]
+    eager = timing.compare(clock, {"ours": (clock.takes("a", 20e-6), (x,))}, graphs=False)
+    assert eager["ours"]["hot"] is None
 
 
 def test_a_failing_capture_leaves_the_eager_times():
@@ -391,9 +396,12 @@ def test_a_graph_is_captured_on_the_stream_of_its_first_run(monkeypatch):
     assert clock.graph([call, call]) is graph.replay
     assert seen == ["call", "call", "begin", "call", "call", "end"]
     assert Stream.current is main
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.full((2,), 1.0))
+    assert not clock.is_lost()
     with pytest.raises(RuntimeError, match="invalidated"):
         clock.graph([lambda: call("bad")])
     assert Stream.current is main
+    assert clock.is_lost()  # for this process: the allocator is still in the capture
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -478,7 +486,18 @@ def test_candidates_come_from_the_backends(monkeypatch):
     assert seen[0].dtype == torch.bfloat16
     assert seen[0].channels_last
     assert seen[0].output_size == (224, 224)
+    assert not seen[0].tf32
+    ours.candidates(layer, "forward", "tf32", "channels_last", "cuda")
+    assert seen[-1].tf32
     assert ours.candidates(layer, "input gradient", "bf16", "nchw", "cuda") == []
+
+
+def test_what_leaves_the_error_class_is_no_default():
+    assert ours.is_outside("fp16", ("cuda", "f4", "default"), "cuda")
+    assert not ours.is_outside("fp16", ("cuda", "f4", "fast"), "cuda")
+    assert not ours.is_outside("bf16", ("cuda", "f4", "default"), "cuda")
+    assert ours.is_outside("fp32", ("triton", "f6", "default"), "cuda")
+    assert not ours.is_outside("fp32", ("cpu", "f6", "default"), "cpu")
 
 
 def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
@@ -507,14 +526,14 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
 
 def test_finalists():
     def row(key, backend, precision, us, wrong=False):
-        return {"key": key, "backend": backend, "precision": precision, "rough_us": us} | (
-            {"wrong": wrong}
-        )
+        facts = {"key": key, "backend": backend, "precision": precision, "rough_us": us}
+        return facts | {"wrong": wrong, "outside": key == "outside"}
 
     found = {
         "slow": row("slow", "cuda", "default", 9.0),
         "quick": row("quick", "triton", "default", 2.0),
         "wrong": row("wrong", "cuda", "default", 1.0, wrong=True),
+        "outside": row("outside", "cuda", "default", 1.0),
         "fast": row("fast", "cuda", "fast", 1.5),
         "auto": row("auto", "auto", "default", 2.5),
         "other": row("other", "cuda", "default", 0.1),
@@ -552,6 +571,9 @@ def ours_row(layer, backend, us, peer_us, precision="default", **changes):
         "algorithm": "f4",
         "precision": precision,
         "flops": 1,
+        "n": 32,
+        "c": int(layer.split("-")[1].split("x")[0]),
+        "aims": True,
         "error": 2e-3,
         "cudnn_error": 1.6e-3,
         "failed": None,
@@ -730,7 +752,11 @@ def dry_run(out: Path, *arguments: str, **variables: str) -> tuple[int, str, Pat
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYWINO", "PYTEST"))}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        [*command, "--dry-run", *arguments], env=environment, capture_output=True, text=True
+        # A busy machine must not be taken for a stage that hangs.
+        [*command, "--dry-run", "--budget", "3000", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     return done.returncode, done.stdout + done.stderr, out
 

@@ -36,6 +36,20 @@ def tiny(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return tuple(shrunk(layer) for layer in layers if layer.name in names)
 
 
+def facts(layer: Layer, kind: str, mode: str, layout: str) -> dict:
+    """What every row says of its call."""
+    return {
+        "layer": layer.name,
+        "pass": kind,
+        "mode": mode,
+        "layout": layout,
+        "n": layer.n,
+        "c": layer.c,
+        "aims": layer.name in {aim.name for aim in GPU_AIMS},
+        "flops": layer.flops,
+    }
+
+
 @dataclass(frozen=True)
 class Setting:
     """How PyTorch is asked to run a convolution."""
@@ -57,15 +71,8 @@ class Setting:
         return " | ".join(map(str, parts)) + f", deterministic={int(self.deterministic)}"
 
     def facts(self) -> dict:
-        return {
-            "layer": self.layer.name,
-            "pass": self.kind,
-            "mode": self.mode,
-            "layout": self.layout,
-            "benchmark": self.benchmark,
-            "deterministic": self.deterministic,
-            "flops": self.layer.flops,
-        }
+        own = {"benchmark": self.benchmark, "deterministic": self.deterministic}
+        return facts(self.layer, self.kind, self.mode, self.layout) | own
 
     def apply(self) -> None:
         """Sets PyTorch's switches. `benchmark` counts at the first call of a signature only: the

@@ -17,6 +17,7 @@ from gpu.calls import (
     ends,
     exact,
     extra_memory,
+    facts,
     pytorch,
     tensors,
     tiny,
@@ -29,7 +30,6 @@ from pywino import backends
 from pywino.reference.winograd import winograd_relu_conv2d, winograd_transform_filter
 from pywino.testing import relative_l2
 
-BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 OPS = {
     "forward": "winograd_conv2d",
     "input gradient": "winograd_conv2d_backward_input",
@@ -56,20 +56,30 @@ def candidates(layer: Layer, kind: str, mode: str, layout: str, device: str) -> 
     where there is none."""
     pads = (layer.dilation,) * 2
     found = []
-    for backend in BACKENDS[device]:
-        for algorithm in backends.ALGORITHMS:
-            for precision in backends.PRECISIONS:
-                call = backends.Call(
-                    OPS[kind],
-                    *(layer.n, layer.c, layer.h, layer.w, layer.k, pads, pads),
-                    dtype=MODES[mode][0],
-                    channels_last=layout == "channels_last",
-                    device=device,
-                    precision=precision,
-                )
-                if backends.can_run(backend, call, algorithm) is None:
-                    found.append((backend, algorithm, precision))
+    dtype, tf32 = MODES[mode]
+    call = backends.Call(
+        OPS[kind],
+        *(layer.n, layer.c, layer.h, layer.w, layer.k, pads, pads),
+        dtype=dtype,
+        channels_last=layout == "channels_last",
+        device=device,
+        tf32=tf32 and device == "cuda",
+    )
+    for choice in itertools.product(
+        backends.of_device(device), backends.ALGORITHMS, backends.PRECISIONS
+    ):
+        backend, algorithm, precision = choice
+        if backends.can_run(backend, call._replace(precision=precision), algorithm) is None:
+            found.append(choice)
     return [*found, AUTO] if found else []
+
+
+def is_outside(mode: str, choice: tuple, device: str) -> bool:
+    """Whether an algorithm that somebody asked for by name leaves the error class of its call."""
+    _, algorithm, precision = choice
+    call = backends.Call(*("", 1, 1, 1, 1, 1, (1, 1), (1, 1)), dtype=MODES[mode][0])
+    call = call._replace(precision=precision, tf32=MODES[mode][1])
+    return device == "cuda" and backends.loses_accuracy(call, algorithm) is not None
 
 
 def function_of(layer: Layer, kind: str, choice: tuple):
@@ -143,6 +153,7 @@ def check(clock, setting: Setting, layout: str, choice: tuple) -> dict:
     error = relative_l2(view(function(*arguments)), result)
     limit = limit_of(kind, mode, choice, theirs)
     found = {"error": error, "cudnn_error": theirs, "limit": limit, "wrong": not error <= limit}
+    found["outside"] = is_outside(mode, choice, clock.device)
     if not found["wrong"]:
         run = functools.partial(function, *arguments)
         found["workspace_bytes"] = extra_memory(clock, run)
@@ -151,21 +162,30 @@ def check(clock, setting: Setting, layout: str, choice: tuple) -> dict:
 
 
 def measure(clock, setting: Setting, layout: str, choice: tuple, samples: int) -> dict:
-    """The times of a candidate in `layout`, in turn with PyTorch's in `setting`."""
+    """The times of a candidate in `layout`, in turn with PyTorch's in `setting`, and with those of
+    the layer that keeps its filter, where it can."""
     layer, kind, mode = setting.layer, setting.kind, setting.mode
     setting.apply()
     theirs = pytorch(layer, kind), tensors(layer, kind, mode, setting.layout, clock.device)
     ours = function_of(layer, kind, choice), tensors(layer, kind, mode, layout, clock.device)
-    contenders = {"ours": ours, "cudnn": theirs}
+    contenders, why = {"ours": ours, "cudnn": theirs}, None
     if kind == "forward" and choice[1] in backends.TILES:
-        kept = with_kept_filter(layer, choice, *ours[1][1:])
-        contenders["ours, filter kept"] = kept, ours[1]
-    return {"times": timing.compare(clock, contenders, samples)}
+        try:
+            kept = with_kept_filter(layer, choice, *ours[1][1:])
+            kept(*ours[1])
+            contenders["ours, filter kept"] = kept, ours[1]
+        except RuntimeError as error:
+            if clock.is_lost():
+                raise
+            why = str(error)[:400]
+    return {"times": timing.compare(clock, contenders, samples), "no_filter_kept": why}
 
 
 def finalists(rows: dict[str, dict], keys: list[str]) -> list[dict]:
-    """Of the checked candidates of a call: `auto`, and the fastest of each precision."""
+    """Of the checked candidates of a call: `auto`, and the fastest of each precision that stays in
+    the class of error it promises."""
     right = [rows[key] for key in keys if rows.get(key, {}).get("wrong") is False]
+    right = [row for row in right if not row["outside"]]
     found = [row for row in right if row["backend"] == "auto"]
     for precision in backends.PRECISIONS:
         same = [r for r in right if r["backend"] != "auto" and r["precision"] == precision]
@@ -199,7 +219,9 @@ def measure_relu(clock, layer: Layer, kind: str, mode: str, choice: tuple, sampl
     if kind == "winograd-relu training":
         functions = {name: _trained(function) for name, function in functions.items()}
     contenders = {name: (function, (x, w, b)) for name, function in functions.items()}
-    return {**found, "wrong": False, "times": timing.compare(clock, contenders, samples)}
+    # Eager calls only: the formula makes its matrices on the CPU, which no graph can hold.
+    times = timing.compare(clock, contenders, samples, graphs=False)
+    return {**found, "wrong": False, "times": times}
 
 
 def _trained(function):
@@ -240,31 +262,30 @@ def run_all(clock, journal: Journal, layers: tuple[Layer, ...], cudnn: list, sam
     for kind, layer, mode, layout in plan(layers):
         setting = best_setting(cudnn, layer, kind, mode)
         setting.apply()  # what can run may depend on PyTorch's switches
-        facts = {"layer": layer.name, "pass": kind, "mode": mode, "layout": layout}
-        facts |= {"flops": layer.flops, "peer": setting.way}
+        told = facts(layer, kind, mode, layout) | {"peer": setting.way}
         keys = []
         for choice in candidates(layer, kind, mode, layout, clock.device):
             keys.append(" | ".join(["check", layer.name, kind, mode, layout, *choice]))
             run = functools.partial(check, clock, setting, layout, choice)
-            journal.run(keys[-1], run, step="check", **facts, **named(choice))
+            journal.run(keys[-1], run, step="check", **told, **named(choice))
         for row in finalists(journal.rows, keys):
             choice = row["backend"], row["algorithm"], row["precision"]
             errors = {name: row[name] for name in ("error", "cudnn_error", "workspace_bytes")}
             run = functools.partial(measure, clock, setting, layout, choice, samples)
             key = row["key"].replace("check", "time", 1)
-            journal.run(key, run, step="time", **facts, **named(choice), **errors)
+            journal.run(key, run, step="time", **told, **named(choice), **errors)
     for kind in ("winograd-relu forward", "winograd-relu training"):
         for layer, mode in itertools.product(layers, ("bf16", "fp32")):
             if layer.name not in RELU_LAYERS:
                 continue
             Setting(layer, kind, mode, "channels_last").apply()
-            facts = {"layer": layer.name, "pass": kind, "mode": mode, "layout": "channels_last"}
-            facts |= {"flops": layer.flops, "peer": "the same formula in PyTorch"}
+            told = facts(layer, kind, mode, "channels_last")
+            told["peer"] = "the same formula in PyTorch"
             for choice in candidates(layer, kind, mode, "channels_last", clock.device):
                 if choice[1] in ("f2", "f4") and choice[2] == "default":
                     run = functools.partial(measure_relu, clock, layer, kind, mode, choice, samples)
                     key = " | ".join(["time", layer.name, kind, mode, "channels_last", *choice])
-                    journal.run(key, run, step="time", **facts, **named(choice))
+                    journal.run(key, run, step="time", **told, **named(choice))
 
 
 def named(choice: tuple) -> dict:

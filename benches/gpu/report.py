@@ -191,27 +191,22 @@ def ours_tables(rows: list[dict]) -> list[str]:
 def means(rows: list[dict]) -> str:
     """Geometric means of the ratio to the best cuDNN setting, by pass, precision, batch and
     channels, of all layers of the group."""
-    from layers import GPU_AIMS, GPU_LAYERS
-
-    layers = {layer.name: layer for layer in GPU_LAYERS}
-    aims = {layer.name for layer in GPU_AIMS}
     groups = defaultdict(lambda: defaultdict(list))
-    for (kind, mode, name), candidates in by(timed(rows), "pass", "mode", "layer").items():
+    for (kind, mode, _), candidates in by(timed(rows), "pass", "mode", "layer").items():
         if kind.startswith("winograd-relu"):
             continue
-        layer = layers[name]
         autos = [row for row in candidates if row["backend"] == "auto"]
         chosen = {
             "auto": min(autos, key=lambda r: main_time(r["times"]["ours"]), default=None),
             "best": best_of(candidates),
             "fast": best_of(candidates, "fast"),
         }
-        where = "VGG, ResNet" if name in aims else "other"
+        where = "VGG, ResNet" if candidates[0]["aims"] else "other"
         for which, row in chosen.items():
             if row is not None:
                 value = ratio(row["times"], "ours", "cudnn")
-                for channels in (layer.c, "all"):
-                    groups[kind, mode, layer.n, where, channels][which].append(value)
+                for channels in (row["c"], "all"):
+                    groups[kind, mode, row["n"], where, channels][which].append(value)
     lines = []
     for (kind, mode, n, where, channels), found in groups.items():
         aim = AIMS[mode].get(channels) if where != "other" and kind == "forward" else None

@@ -53,10 +53,10 @@ class Journal:
             text = f"{type(error).__name__}: {error}"[:400]
             self.write(key, failed=text)
             print(f"{key}: {text}", flush=True)
-            if self.lost():
-                sys.exit("the CUDA context is lost; the next process goes on with the next row")
         finally:
             faulthandler.cancel_dump_traceback_later()
+        if self.lost():
+            sys.exit("the CUDA context is lost; the next process goes on with the next row")
 
     def close(self, what: str) -> None:
         """Says how many rows there was no time for."""

@@ -26,6 +26,7 @@ class CUDA:
     def __init__(self):
         # One for all captures: memory that the allocator has given to a stream stays with it.
         self.stream = torch.cuda.Stream()
+        self.spoiled = False
 
     def mark(self):
         event = torch.cuda.Event(enable_timing=True)
@@ -39,7 +40,10 @@ class CUDA:
         torch.cuda.synchronize()
 
     def is_lost(self):
-        """Whether an earlier error has left this process's context unusable: every call fails."""
+        """Whether an earlier error has left this process's context unusable: every call fails, or
+        the allocator still believes in a capture that failed."""
+        if self.spoiled:
+            return True
         try:
             return torch.ones(2, device="cuda").sum().item() != 2
         except RuntimeError:
@@ -54,12 +58,14 @@ class CUDA:
                 call()
         current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
+        self.spoiled = True
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 for call in calls:
                     call()
         finally:  # a capture that fails leaves its stream the current one
             torch.cuda.set_stream(current)
+        self.spoiled = False
         return graph.replay
 
 
@@ -137,7 +143,7 @@ def rotating(tensors: tuple, most: int = 64) -> list[tuple]:
     return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(copies - 1))]
 
 
-def compare(clock, contenders: dict, samples: int = SAMPLES) -> dict:
+def compare(clock, contenders: dict, samples: int = SAMPLES, graphs: bool = True) -> dict:
     """name -> {"hot", "cold", "eager"}: summaries, taken in turn, of `function(*tensors)` of each
     contender (function, tensors).
 
@@ -156,14 +162,12 @@ def compare(clock, contenders: dict, samples: int = SAMPLES) -> dict:
     seconds = [once(clock, r) for r in run]
     calls = [calls_in_sample(s) for s in seconds]
     measure("eager", [_repeat(r, c) for r, c in zip(run, calls)], calls)
-    if clock.graph:
+    if graphs and clock.graph:
         try:
             measure("hot", [clock.graph([r] * c) for r, c in zip(run, calls)], calls)
             sets = [[lambda f=f, s=s: f(*s) for s in rotating(t)] for f, t in contenders.values()]
             measure("cold", [clock.graph(s) for s in sets], [len(s) for s in sets])
         except RuntimeError as error:
-            if clock.is_lost():
-                raise
             for times in found.values():
                 times["graph"] = f"{type(error).__name__}: {error}"[:400]
     return found
