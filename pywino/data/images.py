@@ -64,13 +64,14 @@ class Images(Dataset):
         """Sets `mean` and `std` of each channel to those of `like`, or of these images themselves,
         and returns the data set."""
         images = (like or self).images
-        values = images.transpose(0, 1).flatten(1)
-        # Exact sums of bytes, so that the result depends on no order: 255^2 * 2^47 fits 63 bits.
-        total, count = values.sum(1, dtype=torch.int64).double(), values.shape[1]
-        squares = torch.stack([row.long().square().sum() for row in values]).double()
-        mean = total / count
-        std = (squares / count - mean**2).clamp_min(1e-12).sqrt()
-        self.mean, self.std = (mean / 255).float(), (std / 255).float()
+        # From a histogram of each channel's 256 values: exact counts, so no order matters.
+        channels = images.transpose(0, 1).flatten(1)
+        counts = torch.stack([row.bincount(minlength=256) for row in channels]).double()
+        share = counts / counts.sum(1, keepdim=True)
+        value = torch.arange(256, dtype=torch.float64) / 255
+        mean = share @ value
+        variance = (share * (value - mean[:, None]) ** 2).sum(1)
+        self.mean, self.std = mean.float(), variance.clamp_min(1e-12).sqrt().float()
         return self
 
     def subset(self, indices: Sequence[int] | Tensor) -> "Images":

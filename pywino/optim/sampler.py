@@ -90,7 +90,8 @@ class DynamicBatchSampler(Sampler[list[int]]):
         if self.ranks > 1:
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    p.register_hook(self._scaled)
+                    if p.requires_grad:
+                        p.register_hook(self._scaled)
 
     def __len__(self) -> int:
         """Batches of a whole epoch at the present size."""

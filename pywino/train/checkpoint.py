@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 FORMAT = 1
+_PART = ".part"
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file so that a kill or a power cut at any moment leaves the old one or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=_PART)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -32,6 +33,12 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def clear_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what kills have left of files that were being written."""
+    for path in Path(folder).glob(f".*{_PART}"):
+        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict) -> None:

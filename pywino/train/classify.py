@@ -40,7 +40,7 @@ from pywino.optim import (
     DynamicBatchSGDM,
     MicroBatches,
 )
-from pywino.train.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from pywino.train.checkpoint import clear_leftovers, load_checkpoint, save_checkpoint, write_whole
 from pywino.train.curves import write_curves
 from pywino.train.recipe import Recipe
 
@@ -98,6 +98,8 @@ def classify(
                     "resume it, or give another folder"
                 )
             run.load()
+        if rank == 0:
+            clear_leftovers(out)
         try:
             while not run.control.done:
                 run.epoch(checkpoint_seconds)

@@ -68,6 +68,7 @@ def finish(process, seconds):
         pytest.fail(f"hung for {seconds} s:\n{process.communicate()[0][-2000:]}")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     processes = [start(tmp_path, 0, 1)] + [start(tmp_path, rank, 2) for rank in (0, 1)]
     for process in processes:
@@ -85,6 +86,7 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(first[0][name], value, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_dead_rank_gives_a_message(tmp_path):
     processes = [start(tmp_path, rank, 2, dies="yes") for rank in (0, 1)]
     begin = time.monotonic()

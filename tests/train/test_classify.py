@@ -118,6 +118,7 @@ classify(RECIPE, sys.argv[1], data=DATA, resume=True, checkpoint_seconds=0)
 )
 
 
+@pytest.mark.slow
 def test_resumes_exactly_after_kills(whole, tmp_path):
     """Killed again and again at random moments, the run ends with the same bits."""
     out, chance, kills = tmp_path / "run", random.Random(0), 0
@@ -146,6 +147,7 @@ def test_resumes_exactly_after_kills(whole, tmp_path):
         load_checkpoint(before)  # whole, whenever it was killed
     assert process.returncode == 0
     assert kills >= 2
+    assert not list(out.glob(".*"))
     mine, wanted = (load_file(folder / "last.safetensors") for folder in (out, whole[0]))
     assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -206,6 +208,13 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         save_checkpoint(path, {"a": 2})
     assert load_checkpoint(path)["a"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_what_a_kill_left_is_removed(whole, tmp_path):
+    (tmp_path / ".abc.part").write_bytes(b"half")
+    (tmp_path / "checkpoint.pt").write_bytes((whole[0] / "checkpoint.pt").read_bytes())
+    classify(RECIPE, tmp_path, data=DATA, resume=True)
+    assert not (tmp_path / ".abc.part").exists()
 
 
 def test_a_loss_that_is_no_number(tmp_path, monkeypatch):
@@ -339,6 +348,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 def test_a_rank_dies_and_the_run_is_resumed(tmp_path):
     processes = start_ranks(RANKS, [str(tmp_path), "dies"], free_port())
