@@ -32,3 +32,16 @@ def _demo(context: click.Context) -> None:
     from pywino.cli.demo import demo
 
     demo.main(args=context.args, prog_name=context.command_path)
+
+
+@main.command(
+    "derain",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.pass_context
+def _derain(context: click.Context) -> None:
+    """Take the rain out of pictures and videos."""
+    from pywino.cli.derain import command
+
+    command.main(args=context.args, prog_name=context.command_path)
