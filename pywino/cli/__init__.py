@@ -45,3 +45,16 @@ def _train(context: click.Context) -> None:
     from pywino.cli.train import train
 
     train.main(args=context.args, prog_name=context.command_path)
+
+
+@main.command(
+    "derain",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.pass_context
+def _derain(context: click.Context) -> None:
+    """Take the rain out of pictures and videos."""
+    from pywino.cli.derain import command
+
+    command.main(args=context.args, prog_name=context.command_path)

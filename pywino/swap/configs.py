@@ -412,7 +412,7 @@ def _refuse_gate(gate: nn.Module, config: Attention) -> str | None:
             return f"it cannot be called with an image alone ({type(error).__name__})"
         if not isinstance(expected, torch.Tensor) or expected.shape != x.shape:
             return "its output is not like its input"
-        if not torch.allclose(layer(x), expected, rtol=1e-9, atol=1e-9):
+        if not torch.allclose(layer.forward(x), expected, rtol=1e-9, atol=1e-9):
             return "it computes something else than x sigmoid(W2 relu(W1 z) + W3 z)"
     return None
 
