@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CUDA kernels as torch ops: unpack, check, allocate, launch on the current stream of the tensors' device. No CUDA header:
 // this file compiles, and the library loads, on a machine without a GPU. pywino/ops/_winograd_cuda.py has schemas and fakes.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -14,14 +15,20 @@
 #define PYWINO_CUDA_KEY CUDA
 #endif
 
-// Not there in a torch without CUDA, where nothing calls it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-
 namespace pywino {
 namespace {
 
 namespace cuda = winograd::cuda;
 using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// aoti_torch_get_current_cuda_stream is in libtorch_cuda.so, which a torch without CUDA does not have: so this library is not
+// linked with it, and looks it up where torch has loaded it.
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+CurrentStream find_current_stream() {
+  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return reinterpret_cast<CurrentStream>(
+      dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+}
 
 // Makes a tensor's device the current one, and knows its stream.
 class Launch {
@@ -29,8 +36,9 @@ class Launch {
   Launch(const Tensor& tensor, const char* op) : op_(op) {
     if (!tensor.is_cuda()) return;
     guard_.emplace(tensor.get_device_index());
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+    static const CurrentStream current_stream = find_current_stream();
+    STD_TORCH_CHECK(current_stream, op, ": this torch has no CUDA streams; install one with CUDA");
+    TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream_));
   }
   void* stream() const { return stream_; }
   void check(int error) const {
