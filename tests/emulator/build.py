@@ -104,26 +104,45 @@ def runtime():
     return objects
 
 
-def compile_kernel(source, mode="fast", defines=(), text=None):
-    """The library of a .cu file. `text` is compiled in the place of what the file has."""
+def changed_copy(source, changed, folder):
+    """(csrc, source) in a copy of both trees, where the files in `changed` have other texts."""
+    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
+    if source.is_relative_to(CSRC):
+        copies = {CSRC: csrc}
+    else:
+        copies = {CSRC: csrc, source.parent: Path(shutil.copytree(source.parent, folder / "own"))}
+
+    def copy_of(path):
+        root = next(root for root in copies if path.is_relative_to(root))
+        return copies[root] / path.relative_to(root)
+
+    for path, text in changed.items():
+        copy_of(path).write_text(text)
+    return csrc, copy_of(source)
+
+
+def compile_kernel(source, mode="fast", defines=(), changed=None):
+    """The library of a .cu file. `changed` maps files to texts that take the place of theirs."""
     if reason := missing():
         raise RuntimeError(reason)
     source = (ROOT / source).resolve()
-    body = source.read_bytes() if text is None else text.encode()
     folders = {*CSRC.rglob("*"), *source.parent.iterdir(), *HERE.iterdir()}
     headers = contents(path for path in folders if path.suffix in (".h", ".cuh"))
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS[mode], *(f"-D{define}" for define in defines)]
-    name = f"{source.stem}-{mode}-{digest(compiler(), flags, source, body, *headers)}"
-    if text is not None:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        changed = CACHE / f"{name}.cu"
-        changed.write_text(f'#line 1 "{source}"\n{text}')  # findings name the file's own lines
-    compile_it = [
-        *("g++", "-x", "c++", *flags, "-Wno-unknown-pragmas", "-Wno-attributes"),
-        *("-include", HERE / "emulator.h", "-I", CSRC, "-I", CSRC / "core", "-I", source.parent),
-        *("-isystem", cuda_include(), "-c", source if text is None else changed),
-    ]
-    objects = [make(CACHE / f"{name}.o", [*compile_it, "-o", f"{{}}/{name}.o"]), *runtime()]
+    changes = sorted((changed or {}).items())
+    key = digest(compiler(), flags, source, source.read_bytes(), *headers, changes)
+    name = f"{source.stem}-{mode}-{key}"
+    with tempfile.TemporaryDirectory() as folder:
+        csrc, file = changed_copy(source, changed, Path(folder)) if changed else (CSRC, source)
+        kernel = make(
+            CACHE / f"{name}.o",
+            [
+                *("g++", "-x", "c++", *flags, "-Wno-unknown-pragmas", "-Wno-attributes"),
+                *("-include", HERE / "emulator.h", "-I", csrc, "-I", csrc / "core"),
+                *("-isystem", cuda_include(), "-c", file, "-o", f"{{}}/{name}.o"),
+            ],
+        )
+    objects = [kernel, *runtime()]
     library = f"{name}-{digest(*(path.name for path in objects))}.so"
     link_it = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", f"{{}}/{library}"]
     return make(CACHE / library, link_it)

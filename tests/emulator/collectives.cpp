@@ -255,7 +255,7 @@ uint32_t reduce(int which, bool is_signed, uint32_t mask, uint32_t value) {
 
 uint32_t active_mask() { return live_lanes(current->warp); }
 
-// --- ldmatrix, stmatrix: lane l brings the address of row l % 8 of matrix l / 8
+// --- ldmatrix: lane l brings the address of row l % 8 of matrix l / 8
 
 namespace {
 
@@ -264,15 +264,15 @@ struct MatrixOperands {
   uint32_t address;
 };
 
-// The eight rows of a matrix, each checked as an access of the lane that names it.
-void find_rows(void** all, int matrix, Access access, const void* pc, uint16_t** rows) {
+// The eight rows of a matrix, each checked as a read of the lane that names it.
+void find_rows(void** all, int matrix, const void* pc, const uint16_t** rows) {
   for (int i = 0; i < 8; ++i) {
     const int lane = matrix * 8 + i;
     const uint32_t address = static_cast<MatrixOperands*>(all[lane])->address;
     const ActAs that(lane);
     if (address % 16) fail("MISALIGNED", pc, nullptr, "matrix row at shared address %#x", address);
-    rows[i] = reinterpret_cast<uint16_t*>(shared_at(address, 16, pc));
-    if (checking) touch(rows[i], 16, access, pc);
+    rows[i] = reinterpret_cast<const uint16_t*>(shared_at(address, 16, pc));
+    if (checking) touch(rows[i], 16, Access::read, pc);
   }
 }
 
@@ -292,30 +292,12 @@ void ldmatrix(int matrices, bool trans, uint32_t* r, uint32_t address) {
   const void* pc = __builtin_return_address(0);
   collective(kLdmatrix, kAllLanes, &mine, pc, [&](void** all) {
     for (int m = 0; m < matrices; ++m) {
-      uint16_t* rows[8];
-      find_rows(all, m, Access::read, pc, rows);
+      const uint16_t* rows[8];
+      find_rows(all, m, pc, rows);
       for (int lane = 0; lane < kLanes; ++lane) {
         const Place low = element(lane, 0, trans), high = element(lane, 1, trans);
         static_cast<MatrixOperands*>(all[lane])->r[m] =
             rows[low.row][low.column] | uint32_t{rows[high.row][high.column]} << 16;
-      }
-    }
-  });
-}
-
-void stmatrix(int matrices, bool trans, const uint32_t* r, uint32_t address) {
-  MatrixOperands mine = {const_cast<uint32_t*>(r), address};
-  const void* pc = __builtin_return_address(0);
-  collective(kStmatrix, kAllLanes, &mine, pc, [&](void** all) {
-    for (int m = 0; m < matrices; ++m) {
-      uint16_t* rows[8];
-      find_rows(all, m, Access::write, pc, rows);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const uint32_t pair = static_cast<MatrixOperands*>(all[lane])->r[m];
-        for (int half : {0, 1}) {
-          const Place p = element(lane, half, trans);
-          rows[p.row][p.column] = static_cast<uint16_t>(pair >> 16 * half);
-        }
       }
     }
   });

@@ -17,7 +17,6 @@ enum Collective {
   kBallot,
   kReduce,
   kLdmatrix,
-  kStmatrix,
   kMma,
   kMmaSparse,
   kWgmmaFence,

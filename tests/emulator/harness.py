@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from emulator.build import CSRC, HERE, MODES, compile_kernel, missing
+from emulator.build import CSRC, HERE, MODES, ROOT, compile_kernel, missing
 from emulator.worker import SCHEDULES
 
 COMMON = CSRC / "core" / "common"
@@ -170,13 +170,15 @@ class Kernel:
     `source` is relative to the repository's root. mode "fast" computes, with NaN in memory that was
     not written and guard pages around each buffer; mode "check" looks at every access. The process
     is started at the first call, and again after a crash. A launch that takes longer than `seconds`
-    is a finding. `text` is compiled in the place of what the file has.
+    is a finding. `text` takes the place of what the file has; `changed` maps files, headers of csrc
+    among them, to such texts.
     """
 
-    def __init__(self, source, mode="fast", *, defines=(), text=None, seconds=60):
+    def __init__(self, source, mode="fast", *, defines=(), text=None, changed=None, seconds=60):
         self.mode = mode
         self.seconds = seconds
-        self.library = compile_kernel(source, mode, defines, text)
+        changed = dict(changed or {}) | ({ROOT / source: text} if text is not None else {})
+        self.library = compile_kernel(source, mode, defines, changed)
         self.process = None
 
     def __enter__(self):

@@ -31,7 +31,6 @@ void yield();  // lets another thread run, for loops that wait for memory
 // --- ldmatrix, mma.sync, mma.sp, wgmma: operands as in ptx.cuh
 enum Type { BF16, F16, TF32 };
 void ldmatrix(int matrices, bool trans, uint32_t* r, uint32_t address);
-void stmatrix(int matrices, bool trans, const uint32_t* r, uint32_t address);
 void mma(int type, int k, float* d, const uint32_t* a, const uint32_t* b, const float* c);
 void mma_sp(int type, int k, float* d, const uint32_t* a, const uint32_t* b, const float* c,
             uint32_t metadata, int selector);

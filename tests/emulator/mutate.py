@@ -25,12 +25,13 @@ from emulator.harness import Kernel
 
 @dataclass
 class Recipe:
-    """`checks` are called with a Kernel, and with schedule="random" as well. `harmless` maps the
-    text of mutated lines to why they change nothing."""
+    """`checks` are called with a Kernel and a schedule. `harmless` maps the text of mutated lines
+    to why they change nothing. `headers` of csrc are broken too."""
 
     source: Path
     checks: Sequence[Callable]
     harmless: dict[str, str] = field(default_factory=dict)
+    headers: Sequence[Path] = ()
 
 
 # What is replaced (in code, not in comments), and by what.
@@ -77,12 +78,12 @@ def mutants(text):
             yield mutated, text.count("\n", 0, match.start()) + 1, line, name
 
 
-def how_caught(recipe, text):
+def how_caught(recipe, path, text):
     """The kind of the first finding, "numbers", or "" where nothing was noticed; None where the
     mutant does not compile."""
     for mode, schedule in (("check", "ascending"), ("fast", "random")):
         try:
-            kernel = Kernel(recipe.source, mode, text=text, seconds=5)
+            kernel = Kernel(recipe.source, mode, changed={path: text}, seconds=5)
         except RuntimeError:
             return None
         try:
@@ -103,20 +104,20 @@ def recipes():
         yield from getattr(importlib.import_module(f"emulator.{path.stem}"), "MUTATE", [])
 
 
-def run(recipe, jobs):
-    """Prints what became of a kernel's mutants; how many got through without an explanation."""
+def run(recipe, path, jobs):
+    """Prints what became of one file's mutants; how many got through without an explanation."""
     began = time.monotonic()
-    text = recipe.source.read_text()
-    cases = list(mutants(text))
+    cases = list(mutants(path.read_text()))
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda case: how_caught(recipe, case[0]), cases))
+        results = list(pool.map(lambda case: how_caught(recipe, path, case[0]), cases))
     compiled = [(case, caught) for case, caught in zip(cases, results) if caught is not None]
     survivors = [case for case, caught in compiled if not caught]
     unexplained = [case for case in survivors if case[2] not in recipe.harmless]
     for _, number, line, name in unexplained:
-        print(f"  {recipe.source.name}:{number}: {name}: {line}")
+        print(f"  {path.name}:{number}: {name}: {line}")
+    where = path.name if path == recipe.source else f"{path.name} in {recipe.source.name}"
     print(
-        f"{recipe.source.name}: {len(compiled)} mutants, {len(compiled) - len(survivors)} caught, "
+        f"{where}: {len(compiled)} mutants, {len(compiled) - len(survivors)} caught, "
         f"{len(survivors) - len(unexplained)} harmless, {len(unexplained)} unexplained "
         f"({time.monotonic() - began:.0f} s)",
         flush=True,
@@ -133,7 +134,8 @@ def main():
     chosen = [r for r in recipes() if not wanted or Path(r.source).resolve() in wanted]
     if not chosen:
         parser.error("no recipe for these: add one to MUTATE in a tests/emulator/test_*.py")
-    sys.exit(sum(run(recipe, options.jobs) for recipe in chosen) > 0)
+    files = [(recipe, path) for recipe in chosen for path in (recipe.source, *recipe.headers)]
+    sys.exit(sum(run(recipe, path, options.jobs) for recipe, path in files) > 0)
 
 
 if __name__ == "__main__":

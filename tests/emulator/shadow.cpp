@@ -385,13 +385,11 @@ extern "C" void emu_forget_buffers() {
       emu::touch(p, bytes, access, __builtin_return_address(0)); \
     }                                                            \
   }
-#define PYWINO_ON_ACCESSES(bytes)                                \
-  PYWINO_ON_ACCESS(read##bytes, bytes, Access::read)             \
-  PYWINO_ON_ACCESS(write##bytes, bytes, Access::write)           \
-  PYWINO_ON_ACCESS(unaligned_read##bytes, bytes, Access::read)   \
-  PYWINO_ON_ACCESS(unaligned_write##bytes, bytes, Access::write) \
-  PYWINO_ON_ACCESS(volatile_read##bytes, bytes, Access::read)    \
-  PYWINO_ON_ACCESS(volatile_write##bytes, bytes, Access::write)
+#define PYWINO_ON_ACCESSES(bytes)                              \
+  PYWINO_ON_ACCESS(read##bytes, bytes, Access::read)           \
+  PYWINO_ON_ACCESS(write##bytes, bytes, Access::write)         \
+  PYWINO_ON_ACCESS(unaligned_read##bytes, bytes, Access::read) \
+  PYWINO_ON_ACCESS(unaligned_write##bytes, bytes, Access::write)
 
 PYWINO_ON_ACCESSES(1)
 PYWINO_ON_ACCESSES(2)

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from emulator.build import HERE, compile_kernel
+from emulator.build import CSRC, HERE, compile_kernel
 from emulator.harness import EmulatorError, In, InOut, Kernel, Out, bf16, from_bf16, padded
 
 INSTRUCTIONS = HERE / "kernels" / "instructions.cu"
@@ -93,7 +93,16 @@ def test_launches_that_no_gpu_takes(nothing, launch, why):
 def test_what_does_not_compile_says_why():
     text = INSTRUCTIONS.read_text() + '\n__device__ void f() { asm volatile("exit;"); g(); }\n'
     with pytest.raises(RuntimeError, match=r"instructions.cu.*'g' was not declared|‘g’ was not"):
-        compile_kernel(INSTRUCTIONS, text=text)
+        compile_kernel(INSTRUCTIONS, changed={INSTRUCTIONS: text})
+
+
+def test_a_header_can_be_changed_as_well():
+    ptx = CSRC / "core" / "common" / "ptx.cuh"
+    text = ptx.read_text().replace("0x1000u) & ~0x1fffu", "0x1000u) & ~0x3fffu")
+    x, y = np.array([1 + 2**-10], np.float32), np.empty(1, np.float32)
+    with Kernel(INSTRUCTIONS, changed={ptx: text}) as kernel:
+        kernel.call("to_tf32_launch", In(x), Out(y.view(np.uint32)), 1, None)
+    assert y[0] == 1  # and not 1 + 2^-10, of which the change drops the last bit
 
 
 def test_a_hanging_kernel_is_stopped():
