@@ -174,6 +174,7 @@ class _Run:
                     self.save()
                     written = time.perf_counter()
         self._check()
+        self._check_weights()
         self._close()
 
     def _close(self):
@@ -195,13 +196,13 @@ class _Run:
         self._new_epoch()
         improved = held_out > self.best
         self.best = max(held_out, self.best)
-        self.save()
         if self.rank == 0:
             weights = to_safetensors({k: v.contiguous() for k, v in self.net.state_dict().items()})
             write_whole(self.out / "last.safetensors", weights)
             if improved:
                 write_whole(self.out / "best.safetensors", weights)
             self._write_rows()
+        self.save()  # last: what a kill before this leaves half done is done again
         self.listener.end(row)
 
     def _write_rows(self):
@@ -221,6 +222,14 @@ class _Run:
                 "from before it. Use a smaller lr"
             )
 
+    def _check_weights(self):
+        if not all(bool(p.isfinite().all()) for p in self.net.parameters()):
+            raise FloatingPointError(
+                f"pywino.train: weights must be finite, got others in epoch "
+                f"{self.control.epoch + 1}; {self.out / 'checkpoint.pt'} is from before. "
+                "Use a smaller lr"
+            )
+
     @torch.no_grad()
     def _accuracy(self, images: Images) -> float:
         self.net.eval()
@@ -238,12 +247,7 @@ class _Run:
         random = self._random_states()
         if self.rank != 0:
             return
-        if not all(bool(p.isfinite().all()) for p in self.net.parameters()):
-            raise FloatingPointError(
-                f"pywino.train: weights must be finite, got others in epoch "
-                f"{self.control.epoch + 1}; {self.out / 'checkpoint.pt'} is from before. "
-                "Use a smaller lr"
-            )
+        self._check_weights()
         plan = self.out / "plan.json"
         state = {
             "recipe": self.recipe.as_dict(),

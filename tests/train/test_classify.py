@@ -20,6 +20,7 @@ from pywino import planner
 from pywino.models import WeightedAverageStack
 from pywino.optim import MicroBatches
 from pywino.train import Recipe, classify, classify_stack, load_checkpoint, save_checkpoint
+from pywino.train.classify import _Run
 
 # Sourced by the processes that are killed too.
 SETUP = """
@@ -208,6 +209,34 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         save_checkpoint(path, {"a": 2})
     assert load_checkpoint(path)["a"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_kill_between_the_last_files(whole, tmp_path, monkeypatch):
+    """Whichever file of the last epoch was the last to be written, the resumed run completes
+    them."""
+    module = sys.modules[_Run.__module__]
+    write = module.write_whole
+    torch.set_num_threads(1)
+    for name in ("last.safetensors", "recipe.json"):
+        written = []
+
+        def killed(path, content, name=name, written=written):
+            written.append(path.name)
+            if written.count(name) == 3:
+                raise KeyboardInterrupt
+            write(path, content)
+
+        out = tmp_path / name
+        monkeypatch.setattr(module, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            classify(RECIPE, out, data=DATA)
+        monkeypatch.setattr(module, "write_whole", write)
+        assert without_times(classify(RECIPE, out, data=DATA, resume=True)) == without_times(
+            whole[1]
+        )
+        for file in ("last", "best"):
+            mine, wanted = (load_file(f / f"{file}.safetensors") for f in (out, whole[0]))
+            assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
 
 
 def test_what_a_kill_left_is_removed(whole, tmp_path):
