@@ -214,6 +214,16 @@ def test_sapnet_gradients_are_those_of_torchs_layers():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_sapnet_compiles_whole_and_pickles():
+    torch.manual_seed(0)
+    model, y = sapnet(stages=2).eval(), torch.rand(1, 3, 20, 24)
+    with torch.no_grad():
+        expected = model(y)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(y), expected)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(y), expected)
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_sapnet_trains(restored):
     """Every parameter gets a gradient, in-place ReLUs included."""

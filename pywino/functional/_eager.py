@@ -7,6 +7,8 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from pywino.functional.winograd import _only_default_device
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -17,7 +19,7 @@ def is_plain(*tensors):
         all(t is None or type(t) in _PLAIN for t in tensors)
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and _len_torch_function_stack() == 0
+        and (_len_torch_function_stack() == 0 or _only_default_device())
         and _len_torch_dispatch_stack() == 0
         and _get_tracing_state() is None
     )

@@ -299,6 +299,17 @@ def test_transforms_and_subclasses_see_pytorchs_functions():
     assert type(gated(x.as_subclass(Subclass))) is Subclass
 
 
+@pytest.mark.native
+def test_a_default_device_changes_nothing():
+    from pywino.functional import _eager
+
+    tensor = torch.ones(1)
+    with torch.device("cpu"):
+        assert _eager.is_plain(tensor, None)
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert not _eager.is_plain(tensor)
+
+
 REFUSED = {
     "w1 must be a matrix": {"w1": torch.ones(6)},
     r"w1 must be \(2, 4\)": {"w1": torch.ones(2, 5)},
