@@ -30,20 +30,34 @@ _HOMES = {
     "explain": "pywino.swap",
     "fuse_": "pywino.swap",
     "plan": "pywino.swap",
+    "prune_": "pywino.pruning",
     "restore_": "pywino.swap",
     "swap_": "pywino.swap",
 }
 _MODULES = frozenset(
     {"backends", "functional", "models", "nn", "ops", "planner", "reference", "swap", "testing"}
+    | {"pruning"}
 )
 
 __all__ = [*sorted(_HOMES), "__version__", "backends", "testing"]
 
 if TYPE_CHECKING:
-    from pywino import backends, functional, models, nn, ops, planner, reference, swap, testing
+    from pywino import (
+        backends,
+        functional,
+        models,
+        nn,
+        ops,
+        planner,
+        pruning,
+        reference,
+        swap,
+        testing,
+    )
     from pywino.functional import conv2d, winograd_relu_conv2d
     from pywino.nn import WinogradConv2d, WinogradReLUConv2d
     from pywino.nn.winograd import freeze_, invalidate_
+    from pywino.pruning import prune_
     from pywino.swap import (
         Winograd,
         WinogradReLU,

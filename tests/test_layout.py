@@ -40,6 +40,7 @@ FLOORS = [
     {"functional"},
     {"nn"},
     {"swap", "models", "testing"},
+    {"pruning"},
     {"pywino"},  # `import pywino`, which reaches everything above
     {"cli"},
     {"__main__"},
