@@ -110,3 +110,4 @@ def _listed(names):
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
+    register("cpu", "winograd_domain_conv2d" + _op, _winograd_cpu)

@@ -191,7 +191,9 @@ def describe(
         precision,
         cached,
         # A weight in the Winograd domain is larger than its kernel.
-        (3, 3) if op.startswith("winograd_relu_conv2d") else tuple(weight.shape[2:]),
+        (3, 3)
+        if op.startswith(("winograd_relu_conv2d", "winograd_domain_conv2d"))
+        else tuple(weight.shape[2:]),
         pair(stride),
         groups,
     )

@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pywino import _native as native
+from pywino.functional._winograd_domain import run_winograd_domain_conv2d
 from pywino.functional.winograd import run_conv2d, run_winograd_relu_conv2d
 from pywino.ops import winograd as ops
+from pywino.ops._winograd_domain import pack
 from pywino.reference import winograd as reference
 
 _ops = torch.ops.pywino
@@ -83,7 +85,7 @@ class FilterCache:
 def _transformed(weight, tile, fast, packed):
     with torch.no_grad():
         if packed:
-            return _ops._winograd_pack.default(weight, tile, False)
+            return pack(weight, tile)
         return _ops._winograd_filter.default(weight, tile, False, fast)
 
 
@@ -126,6 +128,11 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         backend: "auto" | "cpu" | "aten" | "cuda" | "triton"; one that cannot run a call raises the
             reason.
         precision: "default" | "fast" (bfloat16 products inside, where the CPU has them).
+        domain: "spatial", or "winograd" for a 3 x 3 convolution of stride 1 whose parameter is
+            `winograd_weight`, (out_channels, in_channels, tile + 2, tile + 2), in the place of
+            `weight`. It is pruned and trained there (Liu et al., ICLR 2018), has no counterpart in
+            torch.nn, and takes `backend` alone of the choices above.
+        tile: of domain="winograd": 2, 4 or 6.
 
     3 x 3 convolutions of stride 1 and one group have kernels on the CPU; with any other arguments
     it is nn.Conv2d. Parameters, state_dict and hooks are those of nn.Conv2d. Without gradients,
@@ -138,10 +145,19 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         algorithm="auto",
         backend="auto",
         precision="default",
+        domain="spatial",
+        tile=4,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self._set_up(activation, algorithm, backend, precision)
+        if domain not in ("spatial", "winograd"):
+            raise RuntimeError(
+                "pywino.WinogradConv2d: domain must be 'spatial' or 'winograd', got "
+                f"{domain!r}; use 'spatial'"
+            )
+        if domain == "winograd":
+            self.to_winograd_domain_(tile)
 
     def _set_up(self, activation=None, algorithm="auto", backend="auto", precision="default"):
         self.activation = activation
@@ -149,6 +165,63 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         self.backend = backend
         self.precision = precision
         self._filters = FilterCache()
+
+    @property
+    def domain(self):
+        """ "spatial" or "winograd": where the weight lives."""
+        return "winograd" if "winograd_weight" in self._parameters else "spatial"
+
+    @property
+    def tile(self):
+        """m of F(m x m, 3 x 3) in the Winograd domain, None in the spatial one."""
+        return self.winograd_weight.shape[-1] - 2 if self.domain == "winograd" else None
+
+    @property
+    def fits_winograd_domain(self):
+        """Whether it is a convolution that F(m x m, 3 x 3) covers."""
+        geometry = (self.kernel_size, self.stride, self.groups, self.padding_mode)
+        return geometry == ((3, 3), (1, 1), 1, "zeros")
+
+    def to_winograd_domain_(self, tile=4):
+        """Replaces `weight` by the Parameter `winograd_weight` = G weight G^T, in place; the
+        function stays, to rounding. Make optimizers afterwards. Returns the layer; one that is in
+        the Winograd domain already stays as it is."""
+        if self.domain == "winograd":
+            return self
+        if tile not in reference.POINTS:
+            raise RuntimeError(
+                f"pywino.WinogradConv2d: tile must be 2, 4 or 6, got {tile!r}; use tile=4"
+            )
+        if not self.fits_winograd_domain:
+            raise RuntimeError(
+                "pywino.WinogradConv2d: a layer of domain='winograd' must have a 3x3 kernel, "
+                f"stride 1, groups=1 and padding_mode='zeros', got {self}; leave it in the spatial "
+                "domain"
+            )
+        weight = self.weight
+        with torch.no_grad():
+            transformed = ops.winograd_transform_filter(weight, tile)
+        del self.weight
+        self.winograd_weight = nn.Parameter(transformed, weight.requires_grad)
+        self._filters.clear()
+        return self
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        own, other = "weight", "winograd_weight"
+        if self.domain == "winograd":
+            own, other = other, own
+        if prefix + other in state and prefix + own not in state:
+            remedy = (
+                "load it into the layer before the layer goes into the Winograd domain"
+                if own == "winograd_weight"
+                else 'build the layer with domain="winograd", or call to_winograd_domain_'
+            )
+            errors.append(
+                f"pywino.WinogradConv2d: the checkpoint must have {prefix + own}, got "
+                f"{prefix + other}, a weight of the other domain; {remedy}"
+            )
+        arguments = (state, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(*arguments)
 
     @classmethod
     def from_dense(cls, conv, *, algorithm="auto", precision="default"):
@@ -163,6 +236,11 @@ class WinogradConv2d(_Cached, nn.Conv2d):
     def to_dense(self):
         """The `nn.Conv2d` that shares this layer's Parameter objects, hooks and settings; without
         its activation."""
+        if self.domain == "winograd":
+            raise RuntimeError(
+                "pywino.WinogradConv2d.to_dense: the weight must be in the spatial domain, got "
+                "winograd_weight, which no 3x3 kernel equals in general; keep the layer"
+            )
         conv = nn.Conv2d.__new__(nn.Conv2d)
         own = ("activation", "algorithm", "backend", "precision", "_filters")
         conv.__dict__.update(
@@ -174,6 +252,18 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         """(N, C, H, W) or (C, H, W) -> nn.Conv2d's output, plus `residual` (anything that adds to
         it), then the activation."""
         padding = self.padding
+        if self.domain == "winograd":
+            return run_winograd_domain_conv2d(
+                input,
+                self.winograd_weight,
+                self.bias,
+                residual,
+                padding,
+                self.dilation,
+                self.activation,
+                self.backend,
+                self._filters,
+            )
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -195,7 +285,11 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         )
 
     def extra_repr(self):
-        parts = [super().extra_repr(), f"algorithm={self.algorithm}"]
+        parts = [super().extra_repr()]
+        if self.domain == "winograd":
+            parts.append(f"domain=winograd, tile={self.tile}")
+        else:
+            parts.append(f"algorithm={self.algorithm}")
         if self.activation is not None:
             parts.append(f"activation={self.activation}")
         if self.backend != "auto":

@@ -24,6 +24,7 @@ import torch
 from pywino import backends, planner
 from pywino.backends import TILES, Call
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
+from pywino.ops._winograd_domain import pack
 from pywino.reference import winograd as reference
 
 _ops = torch.ops.pywino
@@ -212,7 +213,9 @@ def _backward_weight(grad, input, padding, dilation, algorithm, backend, precisi
     input = _dense(input)
     grad = grad.contiguous(memory_format=_format(input))
     if tile:
-        return _ops._winograd_backward_weight.default(grad, input, tile, padding, dilation, False)
+        return _ops._winograd_backward_weight.default(
+            grad, input, tile, padding, dilation, True, False
+        )
     weight = grad.new_empty(1).expand(k, c, 3, 3)
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, (1, 1), padding, dilation, False, (0, 0), 1, (False, True, False)
@@ -418,7 +421,7 @@ def _relu_forward(input, weight, bias, padding, dilation, tile, backend):
     _check(op, input, weight, padding, dilation, tile + 2)
     k = weight.shape[0]
     if _runs_native(op, input, *input.shape, k, padding, dilation, tile, backend):
-        filter = _ops._winograd_pack.default(weight, tile, False)
+        filter = pack(weight, tile)
         return native_relu_forward(input, filter, bias, k, tile, padding, dilation)
     output = reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
     return output.contiguous(memory_format=_format(input))
@@ -436,8 +439,8 @@ def _relu_backward_input(grad, input, weight, padding, dilation, tile, backend):
     grad = grad.contiguous(memory_format=_format(input))
     if _runs_native(op, input, *input.shape, weight.shape[0], padding, dilation, tile, backend):
         filter = _ops._winograd_pack.default(weight, tile, True)
-        return _ops._winograd_relu_backward_input.default(
-            grad, _dense(input), filter, tile, padding, dilation
+        return _ops._winograd_domain_backward_input.default(
+            grad, _dense(input), filter, tile, padding, dilation, True
         )
     gradient = reference.winograd_relu_backward_input(grad, input, weight, padding, dilation, tile)
     return gradient.contiguous(memory_format=_format(input))
@@ -452,7 +455,7 @@ def _relu_backward_weight(grad, input, padding, dilation, tile, backend):
     grad = grad.contiguous(memory_format=_format(input))
     if _runs_native(op, input, *input.shape, grad.shape[1], padding, dilation, tile, backend):
         return _ops._winograd_backward_weight.default(
-            grad, _dense(input), tile, padding, dilation, True
+            grad, _dense(input), tile, padding, dilation, False, True
         )
     return reference.winograd_relu_backward_weight(
         grad, input, padding, dilation, tile
@@ -591,18 +594,22 @@ def _packed_fake(weight, *arguments):
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
+def _sparse_packed_fake(weight, *arguments):
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
 def _native_forward_fake(
     input, filter, bias, residual, out_channels, tile, padding, dilation, relu, winograd_relu, fast
 ):
     return _empty(output_size(input, out_channels, padding, dilation), input)
 
 
-def _native_backward_weight_fake(grad, input, tile, padding, dilation, winograd_relu):
-    size = tile + 2 if winograd_relu else 3
+def _native_backward_weight_fake(grad, input, tile, padding, dilation, spatial, winograd_relu):
+    size = 3 if spatial else tile + 2
     return input.new_empty((grad.shape[1], input.shape[1], size, size))
 
 
-def _native_relu_backward_input_fake(grad, input, filter, tile, padding, dilation):
+def _native_domain_backward_input_fake(grad, input, filter, tile, padding, dilation, winograd_relu):
     return _empty(input.shape, input)
 
 
@@ -613,6 +620,11 @@ define(
 )
 define("_winograd_pack(Tensor weight, int tile, bool rotate) -> Tensor", None, _packed_fake)
 define(
+    "_winograd_sparse_pack(Tensor weight, int tile, bool rotate, bool blocks) -> Tensor",
+    None,
+    _sparse_packed_fake,
+)
+define(
     "_winograd_forward(Tensor input, Tensor filter, Tensor? bias, Tensor? residual, "
     f"int out_channels, int tile, {_GEOMETRY}, bool relu, bool winograd_relu, bool fast) -> Tensor",
     None,
@@ -620,15 +632,15 @@ define(
 )
 define(
     "_winograd_backward_weight(Tensor grad, Tensor input, int tile, "
-    f"{_GEOMETRY}, bool winograd_relu) -> Tensor",
+    f"{_GEOMETRY}, bool spatial, bool winograd_relu) -> Tensor",
     None,
     _native_backward_weight_fake,
 )
 define(
-    "_winograd_relu_backward_input(Tensor grad, Tensor input, Tensor filter, int tile, "
-    f"{_GEOMETRY}) -> Tensor",
+    "_winograd_domain_backward_input(Tensor grad, Tensor input, Tensor filter, int tile, "
+    f"{_GEOMETRY}, bool winograd_relu) -> Tensor",
     None,
-    _native_relu_backward_input_fake,
+    _native_domain_backward_input_fake,
 )
 
 
