@@ -449,3 +449,49 @@ def test_state_dict_survives_a_file():
     state = torch.load(file, weights_only=True)
     assert state["schedule"] == [0.25, 0.5]
     assert torch.equal(state["masks"]["3"], pruner.masks["3"])
+
+
+# --- the report ---
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern"),
+    [
+        (Magnitude(0), "dense"),
+        (Magnitude(0.7), "unstructured"),
+        (NM(2, 4), "2:4"),
+        (Block(0.75), "16x1 blocks"),
+    ],
+)
+def test_report_finds_the_pattern(spec, pattern):
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), pywino.WinogradReLUConv2d(32, 32))
+    prune_(model, spec)
+    prune_(model, spec, domain="winograd")
+    for row, weight in zip(pywino.pruning.report(model), (model[0].weight, model[1].weight)):
+        assert row.pattern == pattern
+        assert row.sparsity == pytest.approx(zeros(weight))
+        assert row.dense is row.pruned is row.ratio is None
+
+
+def test_report_measures_and_leaves_the_model_alone(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        pywino.WinogradReLUConv2d(16, 16),
+        pywino.WinogradConv2d(16, 16, 3, padding=1, domain="winograd"),
+    )
+    state = copy.deepcopy(model.state_dict())
+    found = pywino.pruning.report(model, torch.randn(1, 3, 16, 16))
+    assert all(row.dense > 0 and row.pruned > 0 for row in found if row.name == "0")
+    assert all(row.pruned > 0 for row in found)
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    text = str(found)
+    for word in ("layer", "16x16x6x6", "WinogradReLUConv2d", "ms"):
+        assert word in text
+    assert found.to_dict()["layers"][0]["ratio"] == found.layers[0].ratio
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -61,6 +61,22 @@ def pack(weight, tile):
     return _ops._winograd_sparse_pack.default(weight, tile, False, how == "blocks")
 
 
+def dense_call(input, weight, bias, padding, dilation, winograd_relu):
+    """A function that computes with all zeros of W, packed once, for comparison; None where there
+    is no kernel for the call."""
+    tile, op = weight.shape[-1] - 2, "winograd_domain_conv2d"
+    if isinstance(padding, str):
+        padding = dilation if padding == "same" else (0, 0)
+    if input.dim() != 4 or not _runs_native(
+        op, input, input.shape, len(weight), padding, dilation, tile, "auto"
+    ):
+        return None
+    filter = _ops._winograd_pack.default(weight, tile, False)
+    bias = None if bias is None else bias.float()
+    arguments = (filter, bias, None, len(weight), tile, padding, dilation, False, winograd_relu)
+    return lambda: _ops._winograd_forward.default(_dense(input), *arguments, False)
+
+
 # --- the op ---
 
 

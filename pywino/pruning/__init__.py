@@ -8,6 +8,17 @@ docs/pruning.md is the page for users.
 """
 
 from pywino.pruning.pruner import LIU_SCHEDULE, Pruner, check, prune_
+from pywino.pruning.report import Report, report
 from pywino.pruning.specs import NM, Block, Magnitude
 
-__all__ = ["LIU_SCHEDULE", "NM", "Block", "Magnitude", "Pruner", "check", "prune_"]
+__all__ = [
+    "LIU_SCHEDULE",
+    "NM",
+    "Block",
+    "Magnitude",
+    "Pruner",
+    "Report",
+    "check",
+    "prune_",
+    "report",
+]

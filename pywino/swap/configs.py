@@ -193,6 +193,9 @@ def _update_winograd(layer: WinogradConv2d, config: Winograd) -> None:
 def _measure_winograd(
     conv: nn.Conv2d, config: Winograd | None, args: tuple, kwargs: dict, row: Layer
 ) -> None:
+    if getattr(conv, "domain", "spatial") == "winograd":
+        row.reason = "its weight is in the Winograd domain: PyTorch has no kernel to choose"
+        return
     input = args[0] if args else kwargs["input"]
     if input.dim() == 3:
         input = input.unsqueeze(0)
@@ -266,6 +269,8 @@ def _plus(total: float | None, seconds: float | None, calls: int) -> float | Non
 
 def _refuse_relu(conv: nn.Module, config: WinogradReLU) -> str | None:
     if type(conv) is WinogradConv2d:
+        if conv.domain == "winograd":
+            return "its weight is in the Winograd domain"
         return "a ReLU is fused into it; convert before fusing" if conv.activation else None
     return refuse_conv(conv)
 

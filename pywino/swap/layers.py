@@ -112,6 +112,8 @@ def restore_(model: nn.Module, strict: bool = False) -> nn.Module:
             reason = f"it is a {type(module).__name__}, a subclass or parametrized"
         elif not hasattr(layer, "to_dense"):
             reason = "torch has no such layer"
+        elif getattr(module, "domain", "spatial") == "winograd":
+            reason = "its weight is in the Winograd domain"
         elif id(module) in homeless_relu:
             reason = "it has a ReLU of its own, which a Conv2d has not"
         else:

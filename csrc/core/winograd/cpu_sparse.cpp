@@ -75,6 +75,11 @@ constexpr const MultiplyBlocks* kMultiplyBlocks =
 struct Blocks {
   static constexpr int64_t kGrain = 1;  // chunks are cut at multiples of so many tiles
 
+  // Products of a chunk.
+  static int64_t calls(const Filter& filter, int tiles) {
+    return filter.lists * Groups(tiles, kRows1).count;
+  }
+
   template <int M, typename T>
   static void input(const Job<T>& job, int64_t first, int tiles, int t0, int t1, int64_t block0,
                     int64_t block1, float* v, float*) {
@@ -82,20 +87,23 @@ struct Blocks {
   }
 
   // Position xi for units [u0, u1).
-  template <typename T>
+  template <int M, typename T>
   static void product(const Job<T>& job, const Filter& filter, int64_t entries, int tiles,
-                      int64_t xi, int64_t u0, int64_t u1, const float* v, float* m) {
+                      int64_t xi, int64_t u0, int64_t u1, const float* v, float* m,
+                      Prefetch<M, T>& ahead) {
     const Groups groups(tiles, kRows1);
     const float* values = filter.values(entries);
     for (int64_t u = u0; u < u1; ++u) {
       const int64_t pair = (u - u0) / 2, vectors = min<int64_t>(2, u1 - u0 - 2 * pair);
       const int32_t* start = filter.starts() + xi * filter.units + u;
       float* out = m + pair * tiles * kPanel + (u - u0) % 2 * kLanes;
-      for (int g = 0; g < groups.count; ++g)
+      for (int g = 0; g < groups.count; ++g) {
+        fetch(ahead.next(), 0);
         kMultiplyBlocks[groups.size(g) - 1](
             start[1] - start[0], filter.channels() + start[0], values + int64_t(start[0]) * kLanes,
             v + groups.start(g) * job.lines * kLanes, out + groups.start(g) * vectors * kLanes,
             vectors * kLanes);
+      }
     }
   }
 
@@ -111,13 +119,14 @@ struct Blocks {
 };
 
 // --- unstructured -----------------------------------------------------------------------------------------------------------
-constexpr int kSlab = 4;  // most vectors of tiles in a slab
+constexpr int kSums = 4;                         // of a list: an addition takes four cycles
+constexpr int kSlab = kRegisters == 32 ? 4 : 3;  // most vectors of tiles in a slab
 
-// M[tiles] (+)= sum over a list of U V[c][tiles], for NV vectors of tiles. Several sums each: an addition takes four cycles.
+// M[tiles] (+)= sum over a list of U V[c][tiles], for NV vectors of tiles. The order of the sums is the same for every NV.
 template <int NV>
 void multiply_list(const Entry* __restrict e, const Entry* __restrict end,
                    const float* __restrict v, float* __restrict m, bool first) {
-  constexpr int Q = NV <= 2 ? 4 : 2;
+  constexpr int Q = kSums;
   vec sum[Q][NV];
   PYWINO_UNROLL for (int q = 0; q < Q; ++q) PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[q][n] =
       zero();
@@ -138,11 +147,16 @@ void multiply_list(const Entry* __restrict e, const Entry* __restrict end,
 }
 
 using MultiplyList = void (*)(const Entry*, const Entry*, const float*, float*, bool);
-constexpr MultiplyList kMultiplyList[kSlab] = {multiply_list<1>, multiply_list<2>, multiply_list<3>,
-                                               multiply_list<4>};
+constexpr MultiplyList kMultiplyList[] = {multiply_list<1>, multiply_list<2>, multiply_list<3>,
+                                          multiply_list<4>};
 
 struct Lists {
   static constexpr int64_t kGrain = kLanes;
+
+  static int64_t calls(const Filter& filter, int tiles) {
+    return filter.lists * Groups(ceil_div(tiles, kLanes), kSlab).count;
+  }
+
   // Patches or products of L tiles and L channels, lanes = channels: [xi][tile][L].
   template <int M>
   static constexpr int64_t kStage = Transform<M>::A * Transform<M>::A * kLanes * kLanes;
@@ -181,9 +195,9 @@ struct Lists {
     }
   }
 
-  template <typename T>
+  template <int M, typename T>
   static void product(const Job<T>& job, const Filter& filter, int64_t, int tiles, int64_t xi,
-                      int64_t u0, int64_t u1, const float* v, float* m) {
+                      int64_t u0, int64_t u1, const float* v, float* m, Prefetch<M, T>& ahead) {
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
     const int64_t C = job.geometry.input.c, K = job.geometry.out_channels,
                   rows = (u1 - u0) * kLanes, k0 = u0 * kLanes, k1 = min(K, u1 * kLanes);
@@ -194,9 +208,11 @@ struct Lists {
         const float* x = v + slabs.start(s) * C * kLanes + b * kSumBlock * width;
         const int32_t* start = filter.starts() + (xi * filter.sum_blocks + b) * K;
         float* out = m + slabs.start(s) * rows * kLanes;
-        for (int64_t k = k0; k < k1; ++k)
+        for (int64_t k = k0; k < k1; ++k) {
+          fetch(ahead.next(), 0);
           multiply(filter.entries() + start[k], filter.entries() + start[k + 1], x,
                    out + (k - k0) * width, b == 0);
+        }
       }
     }
   }
@@ -242,6 +258,7 @@ struct SparseRun {
   int64_t chunks;  // of all tiles
   int64_t stride;  // of M
   bool joint;
+  bool prefetch;
   int64_t next = 0;
   bool failed = false;
   // joint:
@@ -267,18 +284,25 @@ struct SparseRun {
       int64_t begin, end;
       run.chunk_bounds(chunk, &begin, &end);
       const int tiles = int(end - begin);
+      Prefetch<M, T> ahead;
+      // The threads take turns, so this one's next chunk is most likely `threads` further on.
+      if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
+        int64_t next_begin, next_end;
+        run.chunk_bounds(next, &next_begin, &next_end);
+        ahead = Prefetch<M, T>(job, next_begin, next_end, Format::calls(run.filter, tiles), 4);
+      }
       Format::template input<M>(job, begin, tiles, 0, tiles, 0, job.blocks, v, stage);
       for (int64_t u = 0; u < run.filter.units; u += run.panel)
-        run.units(begin, tiles, u, min(u + run.panel, run.filter.units), v, m, stage);
+        run.units(begin, tiles, u, min(u + run.panel, run.filter.units), v, m, stage, ahead);
     }
   }
 
   // Product and output of units [u0, u1) of a chunk.
   void units(int64_t first, int tiles, int64_t u0, int64_t u1, const float* v, float* m,
-             float* stage) const {
+             float* stage, Prefetch<M, T>& ahead) const {
     for (int64_t xi = 0; xi < A2; ++xi)
       Format::product(job, filter, entries, tiles, xi, u0, u1, v + xi * job.stride_v,
-                      m + xi * stride);
+                      m + xi * stride, ahead);
     Format::template output<M>(job, first, tiles, u0, u1, stride, m, stage);
   }
 
@@ -310,9 +334,10 @@ struct SparseRun {
     SparseRun& run = *static_cast<SparseRun*>(arg);
     float* stage = run.memory(A2 * run.stride);
     if (!stage) return;
+    Prefetch<M, T> nothing;
     for (int64_t task = take(&run.next); task < run.filter.units; task = take(&run.next)) {
       const int64_t u = run.filter.order()[task];
-      run.units(run.first, run.tiles, u, u + 1, run.shared_v, stage + kStage, stage);
+      run.units(run.first, run.tiles, u, u + 1, run.shared_v, stage + kStage, stage, nothing);
     }
   }
 
@@ -366,7 +391,9 @@ Status forward_format(const ForwardParams& params, const Filter& filter, int64_t
   const int64_t room = kScratchPerThread / 4 / A2;
   const int64_t block = lists ? kSlab * kLanes : kRows1;  // tiles
   const int threads = executor.threads;
-  SparseRun<M, T, Format> run{job, executor, filter, entries, filter.units, 1, 0, false};
+  SparseRun<M, T, Format> run{job, executor, filter, entries, filter.units, 1, 0, false, false};
+  run.prefetch =
+      g.input.n * g.input.c * g.input.h * g.input.w * int64_t(sizeof(T)) > kPrefetchBytes;
   run.joint = threads > 1 && job.grid.tiles < threads * block;
   int64_t chunk;
   if (run.joint) {
@@ -558,6 +585,11 @@ Status pack(const FilterParams& params, Pattern pattern, int32_t* packed,
     Packing<T> packing(params, pattern, packed);
     const int64_t entries = packing.count(executor);
     if (entries < 0) return Status::unsupported;
+    __builtin_memset(packing.view.order(), 0,
+                     (packing.view.head() - 16 - packing.view.lists - 1) * sizeof(int32_t));
+    if (pattern == Pattern::blocks)
+      __builtin_memset(packing.view.channels(), 0,
+                       round_up<int64_t>(entries, 16) * sizeof(int32_t));
     packing.writes = true;
     packing.pass(executor);
     packing.order();
