@@ -19,11 +19,14 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported at first use, so that `import pywino` stays quick.
 _HOMES = {
     "conv2d": "pywino.functional",
+    "sparse_conv2d": "pywino.functional",
     "winograd_relu_conv2d": "pywino.functional",
+    "SparseConv2d": "pywino.nn",
     "WinogradConv2d": "pywino.nn",
     "WinogradReLUConv2d": "pywino.nn",
     "freeze_": "pywino.nn.winograd",
     "invalidate_": "pywino.nn.winograd",
+    "Sparse": "pywino.swap",
     "Winograd": "pywino.swap",
     "WinogradReLU": "pywino.swap",
     "convert_": "pywino.swap",
@@ -54,11 +57,12 @@ if TYPE_CHECKING:
         swap,
         testing,
     )
-    from pywino.functional import conv2d, winograd_relu_conv2d
-    from pywino.nn import WinogradConv2d, WinogradReLUConv2d
+    from pywino.functional import conv2d, sparse_conv2d, winograd_relu_conv2d
+    from pywino.nn import SparseConv2d, WinogradConv2d, WinogradReLUConv2d
     from pywino.nn.winograd import freeze_, invalidate_
     from pywino.pruning import prune_
     from pywino.swap import (
+        Sparse,
         Winograd,
         WinogradReLU,
         convert_,

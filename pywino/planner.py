@@ -512,6 +512,18 @@ _plans = _Plans()
 os.register_at_fork(after_in_child=_plans.after_fork)
 
 
+def mode():
+    """ "measure", "static" or "off", as PYWINO_PLAN says."""
+    if _plans.mode is None:
+        _plans.open()
+    return _plans.mode
+
+
+def may_measure():
+    """Whether a kernel of another op may be measured here and now."""
+    return mode() == "measure" and _plans.writes and _may_measure()
+
+
 def reset():
     """Forgets every plan in memory and reads PYWINO_PLAN and the file again at the next call."""
     _plans.clear()

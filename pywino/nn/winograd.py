@@ -32,7 +32,7 @@ class FilterCache:
     `invalidate_` is for them."""
 
     def __init__(self):
-        # (tile, fast, instruction set) -> (weakref to the Parameter, stamp, filter).
+        # (name, instruction set) -> (weakref to the Parameter, stamp, filter).
         self.filters = {}
         self.constant = {}  # the same for a frozen layer -> filter
         self.token = None  # a frozen layer's name in `ops.frozen`
@@ -40,18 +40,24 @@ class FilterCache:
     def filter(self, weight, tile, fast=False, packed=False):
         """The filter of F(tile x tile, 3 x 3) that belongs to `weight`; packed: `weight` is in the
         Winograd domain."""
+        return self.derived(
+            (tile, fast), weight, lambda weight: _transformed(weight, tile, fast, packed)
+        )
+
+    def derived(self, name, weight, make):
+        """What `make(weight)` gives, kept under a name while the weight stays."""
         # An inference tensor has no version, and a weight that is no Parameter is not the layer's
         # own (functional_call).
         if type(weight) is not nn.Parameter or weight.is_inference():
-            return _transformed(weight, tile, fast, packed)
-        key = tile, fast, native.host.isa()
+            return make(weight)
+        key = name, native.host.isa() if native.loaded else None
         stamp = weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps
         kept = self.filters.get(key)
         if kept is not None and kept[0]() is weight and kept[1] == stamp:
             return kept[2]
         if kept is not None:
-            self.filters.clear()  # those of other tiles are as old
-        filter = _transformed(weight, tile, fast, packed)
+            self.filters.clear()  # those of other names are as old
+        filter = make(weight)
         if not weight.is_shared():  # another process may write it
             _watch_optimizers()
             self.filters[key] = weakref.ref(weight), stamp, filter
@@ -101,7 +107,7 @@ def _count_step(optimizer, args, kwargs):
     _steps += 1
 
 
-class _Cached:
+class Cached:
     """What empties the filter cache of a layer."""
 
     def train(self, mode=True):
@@ -119,7 +125,7 @@ class _Cached:
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-class WinogradConv2d(_Cached, nn.Conv2d):
+class WinogradConv2d(Cached, nn.Conv2d):
     """A drop-in `torch.nn.Conv2d`, by whatever runs each call fastest here.
 
     Args: those of nn.Conv2d, then
@@ -299,7 +305,7 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         return ", ".join(parts)
 
 
-class WinogradReLUConv2d(_Cached, nn.Module):
+class WinogradReLUConv2d(Cached, nn.Module):
     """The Winograd-ReLU layer of Liu et al. (ICLR 2018): Y = A^T [ sum_c W . ReLU(B^T d B) ] A,
     with W its free parameter.
 
@@ -450,4 +456,4 @@ def invalidate_(model):
 
 
 def _layers(model):
-    return (module for module in model.modules() if isinstance(module, _Cached))
+    return (module for module in model.modules() if isinstance(module, Cached))

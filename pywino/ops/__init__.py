@@ -2,4 +2,4 @@
 """The torch ops of pywino: schemas, kernels in Python that call the native ones, fakes, gradients,
 autocast."""
 
-from pywino.ops import winograd
+from pywino.ops import sparse_conv, winograd

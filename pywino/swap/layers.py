@@ -315,7 +315,8 @@ def _choose_handler(decision: _Decision, names: list[str], configs: list[object]
         if reason is None:
             decision.action, decision.handler, decision.config = "swap", handler, config
             return
-        refusals.append(reason)
+        if not handler.quiet or len(configs) == 1:
+            refusals.append(reason)
     if type(module) in [handler.layer for handler in HANDLERS.values()]:
         refusals = ["it is a layer of pywino of another kind"]
     decision.reason = "; ".join(dict.fromkeys(refusals))

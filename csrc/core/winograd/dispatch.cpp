@@ -4,25 +4,6 @@
 
 namespace pywino::winograd {
 
-// isa, and what to do with it
-#ifdef PYWINO_HAVE_AVX512BF16
-#define PYWINO_AVX512BF16(what) what(avx512bf16)
-#else
-#define PYWINO_AVX512BF16(what)
-#endif
-#ifdef PYWINO_HAVE_AVX512
-#define PYWINO_AVX512(what) what(avx512)
-#else
-#define PYWINO_AVX512(what)
-#endif
-#ifdef PYWINO_HAVE_AVX2
-#define PYWINO_AVX2(what) what(avx2)
-#else
-#define PYWINO_AVX2(what)
-#endif
-#define PYWINO_EACH_ISA(what) \
-  what(portable) PYWINO_AVX2(what) PYWINO_AVX512(what) PYWINO_AVX512BF16(what)
-
 #define PYWINO_DECLARE(name)                          \
   extern const ForwardKernels forward_kernels_##name; \
   extern const SparseKernels sparse_kernels_##name;   \

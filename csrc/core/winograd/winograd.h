@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/copies.h"
 #include "../common/dtype.h"
 #include "../common/executor.h"
 #include "../common/isa.h"
@@ -100,9 +101,6 @@ struct BackwardKernels {
   Status (*weight_gradient)(const WeightGradientParams&, const Executor&);
   Status (*domain_input_gradient)(const DomainInputGradientParams&, const Executor&);
 };
-#define PYWINO_JOIN_(a, b) a##b
-#define PYWINO_JOIN(a, b) PYWINO_JOIN_(a, b)
-#define PYWINO_ISA_NAME(name) PYWINO_JOIN(name, PYWINO_ISA)
 
 PYWINO_API bool tile_exists(int tile);
 // B^T (a x a), G (a x 3), A^T (m x a), row-major.
