@@ -25,50 +25,69 @@ _HOMES = {
     "conv2d": "pywino.functional",
     "conv_lstm_cell": "pywino.functional",
     "dilated_conv2d": "pywino.functional",
+    "sparse_conv2d": "pywino.functional",
     "winograd_relu_conv2d": "pywino.functional",
     "ChannelResidualAttention": "pywino.nn",
     "ConvLSTMCell": "pywino.nn",
     "DilatedConv2d": "pywino.nn",
+    "SparseConv2d": "pywino.nn",
     "WinogradConv2d": "pywino.nn",
     "WinogradReLUConv2d": "pywino.nn",
     "freeze_": "pywino.nn.winograd",
     "invalidate_": "pywino.nn.winograd",
     "Attention": "pywino.swap",
+    "Sparse": "pywino.swap",
     "Winograd": "pywino.swap",
     "WinogradReLU": "pywino.swap",
     "convert_": "pywino.swap",
     "explain": "pywino.swap",
     "fuse_": "pywino.swap",
     "plan": "pywino.swap",
+    "prune_": "pywino.pruning",
     "restore_": "pywino.swap",
     "swap_": "pywino.swap",
 }
 _MODULES = frozenset(
     {"backends", "functional", "models", "nn", "ops", "planner", "reference", "swap", "testing"}
-    | {"data", "optim", "train"}
+    | {"data", "optim", "pruning", "train"}
 )
 
 __all__ = [*sorted(_HOMES), "__version__", "backends", "testing"]
 
 if TYPE_CHECKING:
-    from pywino import backends, functional, models, nn, ops, planner, reference, swap, testing
+    from pywino import (
+        backends,
+        functional,
+        models,
+        nn,
+        ops,
+        planner,
+        pruning,
+        reference,
+        swap,
+        testing,
+    )
     from pywino.functional import (
         channel_residual_attention,
         conv2d,
         conv_lstm_cell,
         dilated_conv2d,
+        sparse_conv2d,
         winograd_relu_conv2d,
     )
     from pywino.nn import (
         ChannelResidualAttention,
         ConvLSTMCell,
         DilatedConv2d,
+        SparseConv2d,
         WinogradConv2d,
         WinogradReLUConv2d,
     )
     from pywino.nn.winograd import freeze_, invalidate_
+    from pywino.pruning import prune_
     from pywino.swap import (
         Attention,
+        Sparse,
         Winograd,
         WinogradReLU,
         convert_,

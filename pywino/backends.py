@@ -201,6 +201,23 @@ def _elementwise_cpu(call, algorithm):
     return None
 
 
+def _sparse_conv_cpu(call, algorithm):
+    if call.device != "cpu":
+        return f"the tensors are on {call.device}"
+    if not native.loaded:
+        return f"the native library is not loaded: {native.reason}"
+    if algorithm not in ("auto", "direct"):
+        return f"it is direct, not {algorithm}"
+    if call.groups != 1:
+        return f"it covers groups=1, not {call.groups}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = str(call.dtype).removeprefix("torch.")
+        return f"it computes float32, bfloat16 and float16, not {dtype}"
+    if min(call.n, call.c, call.k, *call.output_size) < 1:
+        return "the call is empty"
+    return None
+
+
 def _listed(names):
     return ", ".join(names)
 
@@ -208,6 +225,7 @@ def _listed(names):
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
+    register("cpu", "winograd_domain_conv2d" + _op, _winograd_cpu)
 register("cpu", "channel_residual_attention", _elementwise_cpu)
 register("cpu", "conv_lstm_cell", _elementwise_cpu)
 for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_conv2d"):
@@ -215,3 +233,4 @@ for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_
 for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
+register("cpu", "sparse_conv2d", _sparse_conv_cpu)

@@ -239,7 +239,9 @@ def describe(
         precision,
         cached,
         # A weight in the Winograd domain is larger than its kernel.
-        (3, 3) if op.startswith("winograd_relu_conv2d") else tuple(weight.shape[2:]),
+        (3, 3)
+        if op.startswith(("winograd_relu_conv2d", "winograd_domain_conv2d"))
+        else tuple(weight.shape[2:]),
         pair(stride),
         groups,
         backends.allows_tf32(input),
@@ -591,6 +593,18 @@ def write(path, plans):
 
 _plans = _Plans()
 os.register_at_fork(after_in_child=_plans.after_fork)
+
+
+def mode():
+    """ "measure", "static" or "off", as PYWINO_PLAN says."""
+    if _plans.mode is None:
+        _plans.open()
+    return _plans.mode
+
+
+def may_measure():
+    """Whether a kernel of another op may be measured here and now."""
+    return mode() == "measure" and _plans.writes and _may_measure()
 
 
 def reset():

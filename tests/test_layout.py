@@ -48,6 +48,7 @@ FLOORS = [
     {"functional"},
     {"nn"},
     {"swap", "models", "testing", "optim", "data"},
+    {"pruning"},
     {"pywino"},  # `import pywino`, which reaches everything above
     {"train"},
     {"cli"},

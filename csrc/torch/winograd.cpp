@@ -42,8 +42,8 @@ winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_
   return g;
 }
 
-Tensor make_filter(const Tensor& weight, int64_t tile, bool rotate, bool spatial, bool fast,
-                   const char* op) {
+winograd::FilterParams filter_params(const Tensor& weight, int64_t tile, bool rotate, bool spatial,
+                                     bool fast, const char* op) {
   STD_TORCH_CHECK(winograd::tile_exists(int(tile)), op, ": tile must be 2, 4 or 6, got ", tile);
   const int64_t size = spatial ? 3 : tile + 2;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && weight.size(3) == size, op,
@@ -61,6 +61,13 @@ Tensor make_filter(const Tensor& weight, int64_t tile, bool rotate, bool spatial
   p.rotate = rotate;
   p.spatial = spatial;
   p.fast = fast;
+  p.packed = nullptr;
+  return p;
+}
+
+Tensor make_filter(const Tensor& weight, int64_t tile, bool rotate, bool spatial, bool fast,
+                   const char* op) {
+  winograd::FilterParams p = filter_params(weight, tile, rotate, spatial, fast, op);
   const int64_t floats = rotate
                              ? winograd::filter_size(p.in_channels, p.out_channels, p.tile, fast)
                              : winograd::filter_size(p.out_channels, p.in_channels, p.tile, fast);
@@ -79,6 +86,19 @@ Tensor winograd_pack(const Tensor& weight, int64_t tile, bool rotate) {
   return make_filter(weight, tile, rotate, false, false, "pywino::_winograd_pack");
 }
 
+Tensor winograd_sparse_pack(const Tensor& weight, int64_t tile, bool rotate, bool blocks) {
+  constexpr const char* op = "pywino::_winograd_sparse_pack";
+  const winograd::FilterParams p = filter_params(weight, tile, rotate, false, false, op);
+  const auto pattern = blocks ? winograd::Pattern::blocks : winograd::Pattern::unstructured;
+  const int64_t words = winograd::sparse_filter_size(p, pattern, torch_threads());
+  STD_TORCH_CHECK(words >= 0, op, ": the weight has too many entries, or memory has run out");
+  Tensor packed = empty_cpu({words}, ScalarType::Int, false);
+  check_status(winograd::sparse_filter(p, pattern, static_cast<int32_t*>(packed.mutable_data_ptr()),
+                                       torch_threads()),
+               op);
+  return packed;
+}
+
 Tensor to_float(const Tensor& t) {
   return torch::stable::contiguous(
       t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
@@ -94,9 +114,15 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
   winograd::ForwardParams p;
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
+  const bool sparse = filter.scalar_type() == ScalarType::Int;
+  const int32_t* words = sparse ? static_cast<const int32_t*>(filter.const_data_ptr()) : nullptr;
   STD_TORCH_CHECK(
-      filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
-          filter.numel() == winograd::filter_size(out_channels, g.input.c, g.tile, fast),
+      filter.is_contiguous() &&
+          (sparse ? winograd::sparse_filter_fits(words, filter.numel(), out_channels, g.input.c,
+                                                 g.tile)
+                  : filter.scalar_type() == ScalarType::Float &&
+                        filter.numel() ==
+                            winograd::filter_size(out_channels, g.input.c, g.tile, fast)),
       op, ": the filter was packed for other channels, another tile or another instruction set");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels), op,
                   ": bias must be ", out_channels, " numbers");
@@ -112,7 +138,8 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
                       op, ": residual must have the output's size and strides");
   }
   p.input = input.const_data_ptr();
-  p.filter = static_cast<const float*>(filter.const_data_ptr());
+  p.filter = sparse ? nullptr : static_cast<const float*>(filter.const_data_ptr());
+  p.sparse_filter = words;
   p.bias = bias ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr;
   p.residual = residual ? residual->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
@@ -149,19 +176,20 @@ Tensor like_input(const Tensor& grad, bool channels_last) {
 
 Tensor winograd_backward_weight(const Tensor& grad, const Tensor& input, int64_t tile,
                                 torch::headeronly::IntHeaderOnlyArrayRef padding,
-                                torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                torch::headeronly::IntHeaderOnlyArrayRef dilation, bool spatial,
                                 bool winograd_relu) {
   constexpr const char* op = "pywino::_winograd_backward_weight";
   winograd::WeightGradientParams p;
   p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
   const Tensor dense = like_input(grad, g.channels_last);
-  const int64_t size = winograd_relu ? tile + 2 : 3;
+  const int64_t size = spatial ? 3 : tile + 2;
   Tensor gradient = empty_cpu({g.out_channels, g.input.c, size, size}, ScalarType::Float, false);
   if (g.input.n == 0 || gradient.numel() == 0)
     return torch::stable::to(torch::stable::zero_(gradient), input.scalar_type());
   p.input = input.const_data_ptr();
   p.grad = dense.const_data_ptr();
+  p.spatial = spatial;
   p.winograd_relu = winograd_relu;
   p.gradient = static_cast<float*>(gradient.mutable_data_ptr());
   check_status(winograd::weight_gradient(p, torch_threads()), op);
@@ -170,11 +198,13 @@ Tensor winograd_backward_weight(const Tensor& grad, const Tensor& input, int64_t
              : torch::stable::to(gradient, input.scalar_type());
 }
 
-Tensor winograd_relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
-                                    int64_t tile, torch::headeronly::IntHeaderOnlyArrayRef padding,
-                                    torch::headeronly::IntHeaderOnlyArrayRef dilation) {
-  constexpr const char* op = "pywino::_winograd_relu_backward_input";
-  winograd::ReluInputGradientParams p;
+Tensor winograd_domain_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
+                                      int64_t tile,
+                                      torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                      torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                      bool winograd_relu) {
+  constexpr const char* op = "pywino::_winograd_domain_backward_input";
+  winograd::DomainInputGradientParams p;
   p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
   STD_TORCH_CHECK(
@@ -187,9 +217,10 @@ Tensor winograd_relu_backward_input(const Tensor& grad, const Tensor& input, con
   p.input = input.const_data_ptr();
   p.grad = dense.const_data_ptr();
   p.filter = static_cast<const float*>(filter.const_data_ptr());
+  p.winograd_relu = winograd_relu;
   p.input_gradient = static_cast<float*>(gradient.mutable_data_ptr());
   if (gradient.numel() && g.out_channels)
-    check_status(winograd::relu_input_gradient(p, torch_threads()), op);
+    check_status(winograd::domain_input_gradient(p, torch_threads()), op);
   else
     torch::stable::zero_(gradient);
   return input.scalar_type() == ScalarType::Float
@@ -203,7 +234,8 @@ Tensor winograd_relu_backward_input(const Tensor& grad, const Tensor& input, con
 STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_winograd_filter", TORCH_BOX(&pywino::winograd_filter));
   m.impl("_winograd_pack", TORCH_BOX(&pywino::winograd_pack));
+  m.impl("_winograd_sparse_pack", TORCH_BOX(&pywino::winograd_sparse_pack));
   m.impl("_winograd_forward", TORCH_BOX(&pywino::winograd_forward));
   m.impl("_winograd_backward_weight", TORCH_BOX(&pywino::winograd_backward_weight));
-  m.impl("_winograd_relu_backward_input", TORCH_BOX(&pywino::winograd_relu_backward_input));
+  m.impl("_winograd_domain_backward_input", TORCH_BOX(&pywino::winograd_domain_backward_input));
 }

@@ -4,12 +4,14 @@
 from pywino.nn.channel_attention import ChannelResidualAttention
 from pywino.nn.conv_lstm import ConvLSTMCell
 from pywino.nn.dilated_conv import DilatedConv2d
+from pywino.nn.sparse_conv import SparseConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d, freeze_, invalidate_
 
 __all__ = [
     "ChannelResidualAttention",
     "ConvLSTMCell",
     "DilatedConv2d",
+    "SparseConv2d",
     "WinogradConv2d",
     "WinogradReLUConv2d",
     "freeze_",

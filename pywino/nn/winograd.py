@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pywino import _native as native
+from pywino.functional._winograd_domain import run_winograd_domain_conv2d
 from pywino.functional.winograd import run_conv2d, run_winograd_relu_conv2d
 from pywino.ops import winograd as ops
 from pywino.reference import winograd as reference
@@ -29,25 +31,29 @@ class FilterCache:
     `invalidate_` is for them."""
 
     def __init__(self):
-        # (kernel, instruction set) -> (weakref to the Parameter, stamp, filter).
+        # (name, instruction set) -> (weakref to the Parameter, stamp, filter).
         self.filters = {}
         self.constant = {}  # the same for a frozen layer -> filter
         self.token = None  # a frozen layer's name in `ops.frozen`
 
     def filter(self, weight, kernel):
         """The filter of an `ops._kernels.Kernel` that belongs to `weight`."""
+        return self.derived(kernel, weight, lambda weight: _transformed(weight, kernel))
+
+    def derived(self, name, weight, make):
+        """What `make(weight)` gives, kept under a name while the weight stays."""
         # An inference tensor has no version, and a weight that is no Parameter is not the layer's
         # own (functional_call).
         if type(weight) is not nn.Parameter or weight.is_inference():
-            return _transformed(weight, kernel)
-        key = kernel, kernel.stamp
+            return make(weight)
+        key = name, _instruction_set()
         stamp = weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps
         kept = self.filters.get(key)
         if kept is not None and kept[0]() is weight and kept[1] == stamp:
             return kept[2]
         if kept is not None:
-            self.filters.clear()  # those of other tiles are as old
-        filter = _transformed(weight, kernel)
+            self.filters.clear()  # those of other names are as old
+        filter = make(weight)
         if not weight.is_shared():  # another process may write it
             _watch_optimizers()
             self.filters[key] = weakref.ref(weight), stamp, filter
@@ -56,7 +62,7 @@ class FilterCache:
     def frozen_filter(self, weight, kernel):
         """The filter of a frozen layer in a compiled graph, where `weight` is not the Parameter
         object."""
-        key = kernel, kernel.stamp
+        key = kernel, _instruction_set()
         filter = self.constant.get(key)
         if filter is None:
             filter = self.constant[key] = _transformed(weight, kernel)
@@ -78,6 +84,10 @@ class FilterCache:
         return FilterCache, ()
 
 
+def _instruction_set():
+    return native.host.isa() if native.loaded else None
+
+
 def _transformed(weight, kernel):
     with torch.no_grad():
         return kernel.filter(weight)
@@ -95,7 +105,7 @@ def _count_step(optimizer, args, kwargs):
     _steps += 1
 
 
-class _Cached:
+class Cached:
     """What empties the filter cache of a layer."""
 
     def train(self, mode=True):
@@ -113,7 +123,7 @@ class _Cached:
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-class WinogradConv2d(_Cached, nn.Conv2d):
+class WinogradConv2d(Cached, nn.Conv2d):
     """A drop-in `torch.nn.Conv2d`, by whatever runs each call fastest here.
 
     Args: those of nn.Conv2d, then
@@ -122,6 +132,11 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         backend: "auto" | "cpu" | "aten" | "cuda" | "triton"; one that cannot run a call raises the
             reason.
         precision: "default" | "fast" (bfloat16 products inside, where the CPU has them).
+        domain: "spatial", or "winograd" for a 3 x 3 convolution of stride 1 whose parameter is
+            `winograd_weight`, (out_channels, in_channels, tile + 2, tile + 2), in the place of
+            `weight`. It is pruned and trained there (Liu et al., ICLR 2018), has no counterpart in
+            torch.nn, and takes `backend` alone of the choices above.
+        tile: of domain="winograd": 2, 4 or 6.
 
     3 x 3 convolutions of stride 1 and one group have kernels on the CPU; with any other arguments
     it is nn.Conv2d. Parameters, state_dict and hooks are those of nn.Conv2d. Without gradients,
@@ -134,10 +149,19 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         algorithm="auto",
         backend="auto",
         precision="default",
+        domain="spatial",
+        tile=4,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self._set_up(activation, algorithm, backend, precision)
+        if domain not in ("spatial", "winograd"):
+            raise RuntimeError(
+                "pywino.WinogradConv2d: domain must be 'spatial' or 'winograd', got "
+                f"{domain!r}; use 'spatial'"
+            )
+        if domain == "winograd":
+            self.to_winograd_domain_(tile)
 
     def _set_up(self, activation=None, algorithm="auto", backend="auto", precision="default"):
         self.activation = activation
@@ -145,6 +169,63 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         self.backend = backend
         self.precision = precision
         self._filters = FilterCache()
+
+    @property
+    def domain(self):
+        """ "spatial" or "winograd": where the weight lives."""
+        return "winograd" if "winograd_weight" in self._parameters else "spatial"
+
+    @property
+    def tile(self):
+        """m of F(m x m, 3 x 3) in the Winograd domain, None in the spatial one."""
+        return self.winograd_weight.shape[-1] - 2 if self.domain == "winograd" else None
+
+    @property
+    def fits_winograd_domain(self):
+        """Whether it is a convolution that F(m x m, 3 x 3) covers."""
+        geometry = (self.kernel_size, self.stride, self.groups, self.padding_mode)
+        return geometry == ((3, 3), (1, 1), 1, "zeros")
+
+    def to_winograd_domain_(self, tile=4):
+        """Replaces `weight` by the Parameter `winograd_weight` = G weight G^T, in place; the
+        function stays, to rounding. Make optimizers afterwards. Returns the layer; one that is in
+        the Winograd domain already stays as it is."""
+        if self.domain == "winograd":
+            return self
+        if tile not in reference.POINTS:
+            raise RuntimeError(
+                f"pywino.WinogradConv2d: tile must be 2, 4 or 6, got {tile!r}; use tile=4"
+            )
+        if not self.fits_winograd_domain:
+            raise RuntimeError(
+                "pywino.WinogradConv2d: a layer of domain='winograd' must have a 3x3 kernel, "
+                f"stride 1, groups=1 and padding_mode='zeros', got {self}; leave it in the spatial "
+                "domain"
+            )
+        weight = self.weight
+        with torch.no_grad():
+            transformed = ops.winograd_transform_filter(weight, tile)
+        del self.weight
+        self.winograd_weight = nn.Parameter(transformed, weight.requires_grad)
+        self._filters.clear()
+        return self
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        own, other = "weight", "winograd_weight"
+        if self.domain == "winograd":
+            own, other = other, own
+        if prefix + other in state and prefix + own not in state:
+            remedy = (
+                "load it into the layer before the layer goes into the Winograd domain"
+                if own == "winograd_weight"
+                else 'build the layer with domain="winograd", or call to_winograd_domain_'
+            )
+            errors.append(
+                f"pywino.WinogradConv2d: the checkpoint must have {prefix + own}, got "
+                f"{prefix + other}, a weight of the other domain; {remedy}"
+            )
+        arguments = (state, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(*arguments)
 
     @classmethod
     def from_dense(cls, conv, *, algorithm="auto", precision="default"):
@@ -159,6 +240,11 @@ class WinogradConv2d(_Cached, nn.Conv2d):
     def to_dense(self):
         """The `nn.Conv2d` that shares this layer's Parameter objects, hooks and settings; without
         its activation."""
+        if self.domain == "winograd":
+            raise RuntimeError(
+                "pywino.WinogradConv2d.to_dense: the weight must be in the spatial domain, got "
+                "winograd_weight, which no 3x3 kernel equals in general; keep the layer"
+            )
         conv = nn.Conv2d.__new__(nn.Conv2d)
         own = ("activation", "algorithm", "backend", "precision", "_filters")
         conv.__dict__.update(
@@ -170,6 +256,18 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         """(N, C, H, W) or (C, H, W) -> nn.Conv2d's output, plus `residual` (anything that adds to
         it), then the activation."""
         padding = self.padding
+        if self.domain == "winograd":
+            return run_winograd_domain_conv2d(
+                input,
+                self.winograd_weight,
+                self.bias,
+                residual,
+                padding,
+                self.dilation,
+                self.activation,
+                self.backend,
+                self._filters,
+            )
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -191,7 +289,11 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         )
 
     def extra_repr(self):
-        parts = [super().extra_repr(), f"algorithm={self.algorithm}"]
+        parts = [super().extra_repr()]
+        if self.domain == "winograd":
+            parts.append(f"domain=winograd, tile={self.tile}")
+        else:
+            parts.append(f"algorithm={self.algorithm}")
         if self.activation is not None:
             parts.append(f"activation={self.activation}")
         if self.backend != "auto":
@@ -201,7 +303,7 @@ class WinogradConv2d(_Cached, nn.Conv2d):
         return ", ".join(parts)
 
 
-class WinogradReLUConv2d(_Cached, nn.Module):
+class WinogradReLUConv2d(Cached, nn.Module):
     """The Winograd-ReLU layer of Liu et al. (ICLR 2018): Y = A^T [ sum_c W . ReLU(B^T d B) ] A,
     with W its free parameter.
 
@@ -352,4 +454,4 @@ def invalidate_(model):
 
 
 def _layers(model):
-    return (module for module in model.modules() if isinstance(module, _Cached))
+    return (module for module in model.modules() if isinstance(module, Cached))

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from pywino import _native as native
 from pywino import backends
 from pywino.ops import _winograd_cuda
+from pywino.ops._winograd_domain import pack
 
 _ops = torch.ops.pywino
 
@@ -28,7 +28,9 @@ class Kernel(NamedTuple):
         """The packed filter of a weight; `rotate`: of the input gradient."""
         if self.backend == "cpu":
             if self.winograd_relu:
-                return _ops._winograd_pack.default(weight, self.tile, rotate)
+                if rotate:
+                    return _ops._winograd_pack.default(weight, self.tile, True)
+                return pack(weight, self.tile)
             return _ops._winograd_filter.default(weight, self.tile, rotate, self.mode)
         if self.backend == "cuda":
             return _winograd_cuda.transform_filter(
@@ -60,17 +62,18 @@ class Kernel(NamedTuple):
 
     def weight_gradient(self, grad, input, padding, dilation):
         """The gradient by the weight, of dense tensors of one layout; not by "cuda"."""
-        arguments = (grad, input, self.tile, padding, dilation, self.winograd_relu)
+        arguments = (grad, input, self.tile, padding, dilation)
         if self.backend == "cpu":
-            return _ops._winograd_backward_weight.default(*arguments)
-        return _triton().weight_gradient(*arguments, self._domain)
+            spatial = not self.winograd_relu
+            return _ops._winograd_backward_weight.default(*arguments, spatial, self.winograd_relu)
+        return _triton().weight_gradient(*arguments, self.winograd_relu, self._domain)
 
     def relu_input_gradient(self, grad, input, weight, padding, dilation):
         """The gradient of the Winograd-ReLU layer by its input; not by "cuda"."""
         filter = self.filter(weight, rotate=True)
         if self.backend == "cpu":
-            return _ops._winograd_relu_backward_input.default(
-                grad, input, filter, self.tile, padding, dilation
+            return _ops._winograd_domain_backward_input.default(
+                grad, input, filter, self.tile, padding, dilation, True
             )
         return _triton().relu_input_gradient(
             grad, input, *filter, self.tile, padding, dilation, self._domain
@@ -79,11 +82,6 @@ class Kernel(NamedTuple):
     @property
     def _domain(self):
         return "f32" if self.mode else "f16"
-
-    @property
-    def stamp(self):
-        """What else a filter depends on."""
-        return native.host.isa() if self.backend == "cpu" else None
 
 
 def _triton():

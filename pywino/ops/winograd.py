@@ -596,18 +596,22 @@ def _packed_fake(weight, *arguments):
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
+def _sparse_packed_fake(weight, *arguments):
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
 def _native_forward_fake(
     input, filter, bias, residual, out_channels, tile, padding, dilation, relu, winograd_relu, fast
 ):
     return _empty(output_size(input, out_channels, padding, dilation), input)
 
 
-def _native_backward_weight_fake(grad, input, tile, padding, dilation, winograd_relu):
-    size = tile + 2 if winograd_relu else 3
+def _native_backward_weight_fake(grad, input, tile, padding, dilation, spatial, winograd_relu):
+    size = 3 if spatial else tile + 2
     return input.new_empty((grad.shape[1], input.shape[1], size, size))
 
 
-def _native_relu_backward_input_fake(grad, input, filter, tile, padding, dilation):
+def _native_domain_backward_input_fake(grad, input, filter, tile, padding, dilation, winograd_relu):
     return _empty(input.shape, input)
 
 
@@ -618,6 +622,11 @@ define(
 )
 define("_winograd_pack(Tensor weight, int tile, bool rotate) -> Tensor", None, _packed_fake)
 define(
+    "_winograd_sparse_pack(Tensor weight, int tile, bool rotate, bool blocks) -> Tensor",
+    None,
+    _sparse_packed_fake,
+)
+define(
     "_winograd_forward(Tensor input, Tensor filter, Tensor? bias, Tensor? residual, "
     f"int out_channels, int tile, {_GEOMETRY}, bool relu, bool winograd_relu, bool fast) -> Tensor",
     None,
@@ -625,15 +634,15 @@ define(
 )
 define(
     "_winograd_backward_weight(Tensor grad, Tensor input, int tile, "
-    f"{_GEOMETRY}, bool winograd_relu) -> Tensor",
+    f"{_GEOMETRY}, bool spatial, bool winograd_relu) -> Tensor",
     None,
     _native_backward_weight_fake,
 )
 define(
-    "_winograd_relu_backward_input(Tensor grad, Tensor input, Tensor filter, int tile, "
-    f"{_GEOMETRY}) -> Tensor",
+    "_winograd_domain_backward_input(Tensor grad, Tensor input, Tensor filter, int tile, "
+    f"{_GEOMETRY}, bool winograd_relu) -> Tensor",
     None,
-    _native_relu_backward_input_fake,
+    _native_domain_backward_input_fake,
 )
 
 

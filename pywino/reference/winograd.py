@@ -4,6 +4,7 @@ held against.
 
     Y = A^T [ (G g G^T) . (B^T d B) ] A          Lavin & Gray, CVPR 2016
     Y = A^T [ W . ReLU(B^T d B) ] A              Liu et al., ICLR 2018: W is a free parameter
+    Y = A^T [ W . (B^T d B) ] A                  the same without a ReLU, for pruned W
 
 d is an a x a patch of the input, a = m + 2; g a 3 x 3 filter; Y m x m outputs; the products are
 summed over input channels. float32 and float64 are computed as they are, 16-bit floats in float32.
@@ -99,6 +100,14 @@ def winograd_relu_conv2d(input, weight, bias=None, padding=1, dilation=1, tile=2
     return _in_domain(input, weight, bias, _pair(padding), _pair(dilation), tile, relu=True)
 
 
+def winograd_domain_conv2d(input, weight, bias=None, padding=1, dilation=1, tile=4):
+    """A^T [ sum_c W . (B^T d B) ] A: the convolution where W = G g G^T, and more where W is free.
+
+    (N, C, H, W) and a (K, C, tile + 2, tile + 2) weight -> the size of the 3 x 3 convolution."""
+    weight = weight.to(_compute_dtype(input))
+    return _in_domain(input, weight, bias, _pair(padding), _pair(dilation), tile, relu=False)
+
+
 # Axes of an array of tiles: n, c, then (tile row t, phase r), (tile column u, phase s), then the
 # patch (i, j) or (a, b).
 
@@ -120,30 +129,53 @@ def _in_domain(input, weight, bias, padding, dilation, tile, relu):
 
 def winograd_relu_backward_input(grad, input, weight, padding=1, dilation=1, tile=2):
     """The gradient of `winograd_relu_conv2d` by its input; grad is that of the output."""
-    padding, dilation, compute = _pair(padding), _pair(dilation), _compute_dtype(input)
-    bt, _, _ = transform_matrices(tile, compute, input.device)
-    v = _transformed(input.to(compute), padding, dilation, tile)
-    grad_m = _transformed_grad(grad.to(compute), input, padding, dilation, tile)
-    grad_v = torch.einsum("kcab,nktrusab->nctrusab", weight.to(compute), grad_m) * (v > 0)
+    padding, dilation = _pair(padding), _pair(dilation)
+    v = _transformed(input.to(_compute_dtype(input)), padding, dilation, tile)
+    return _backward_input(grad, input.shape, weight, padding, dilation, tile, v > 0)
+
+
+def winograd_domain_backward_input(grad, weight, padding=1, dilation=1, tile=4):
+    """The gradient of `winograd_domain_conv2d` by its input."""
+    padding, dilation = _pair(padding), _pair(dilation)
+    height, width = (s - 2 * p + 2 * d for s, p, d in zip(grad.shape[2:], padding, dilation))
+    size = (grad.shape[0], weight.shape[1], height, width)
+    return _backward_input(grad, size, weight, padding, dilation, tile)
+
+
+def _backward_input(grad, size, weight, padding, dilation, tile, mask=1):
+    """sum over tiles B [ (W^T (A dY A^T)) . mask ] B^T, in a tensor of the input's size."""
+    compute = _compute_dtype(grad)
+    bt, _, _ = transform_matrices(tile, compute, grad.device)
+    grad_m = _transformed_grad(grad.to(compute), size, padding, dilation, tile)
+    grad_v = torch.einsum("kcab,nktrusab->nctrusab", weight.to(compute), grad_m) * mask
     grad_patches = torch.einsum("ai,nctrusab,bj->nctrusij", bt, grad_v, bt)
-    (rows, _), (columns, _) = _grid(input, padding, dilation, tile)
-    padded = grad_v.new_zeros(*input.shape[:2], rows, dilation[0], columns, dilation[1])
+    (rows, _), (columns, _) = _grid(size, padding, dilation, tile)
+    padded = grad_v.new_zeros(*size[:2], rows, dilation[0], columns, dilation[1])
     for i in range(tile + 2):
         for j in range(tile + 2):  # patches overlap by two rows and columns
             padded[:, :, i : rows - tile - 1 + i : tile, :, j : columns - tile - 1 + j : tile] += (
                 grad_patches[..., i, j]
             )
-    padded = padded.reshape(*input.shape[:2], rows * dilation[0], columns * dilation[1])
-    (top, left), (height, width) = padding, input.shape[2:]
-    return padded[:, :, top : top + height, left : left + width].to(input.dtype).contiguous()
+    padded = padded.reshape(*size[:2], rows * dilation[0], columns * dilation[1])
+    (top, left), (height, width) = padding, size[2:]
+    return padded[:, :, top : top + height, left : left + width].to(grad.dtype).contiguous()
 
 
 def winograd_relu_backward_weight(grad, input, padding=1, dilation=1, tile=2):
     """The gradient of `winograd_relu_conv2d` by its weight: (K, C, tile + 2, tile + 2)."""
-    padding, dilation, compute = _pair(padding), _pair(dilation), _compute_dtype(input)
-    v = _transformed(input.to(compute), padding, dilation, tile).relu()
-    grad_m = _transformed_grad(grad.to(compute), input, padding, dilation, tile)
-    return torch.einsum("nktrusab,nctrusab->kcab", grad_m, v).to(input.dtype)
+    return _backward_weight(grad, input, _pair(padding), _pair(dilation), tile, relu=True)
+
+
+def winograd_domain_backward_weight(grad, input, padding=1, dilation=1, tile=4):
+    """The gradient of `winograd_domain_conv2d` by its weight: (K, C, tile + 2, tile + 2)."""
+    return _backward_weight(grad, input, _pair(padding), _pair(dilation), tile, relu=False)
+
+
+def _backward_weight(grad, input, padding, dilation, tile, relu):
+    compute = _compute_dtype(input)
+    v = _transformed(input.to(compute), padding, dilation, tile)
+    grad_m = _transformed_grad(grad.to(compute), input.shape, padding, dilation, tile)
+    return torch.einsum("nktrusab,nctrusab->kcab", grad_m, v.relu() if relu else v).to(input.dtype)
 
 
 def _transformed(input, padding, dilation, tile):
@@ -153,31 +185,32 @@ def _transformed(input, padding, dilation, tile):
     to phase r and is row q mod m of tile q // m; row i of that tile's patch is input row d (m (q //
     m) + i) + r - padding."""
     bt, _, _ = transform_matrices(tile, input.dtype, input.device)
-    (rows, below), (columns, right) = _grid(input, padding, dilation, tile)
+    (rows, below), (columns, right) = _grid(input.shape, padding, dilation, tile)
     padded = F.pad(input, (padding[1], right, padding[0], below))
     phases = padded.reshape(*input.shape[:2], rows, dilation[0], columns, dilation[1])
     patches = phases.unfold(2, tile + 2, tile).unfold(4, tile + 2, tile)
     return torch.einsum("ai,nctrusij,bj->nctrusab", bt, patches, bt)
 
 
-def _transformed_grad(grad, input, padding, dilation, tile):
-    """A y A^T of all m x m tiles y of an output gradient, zeros where tiles stick out."""
+def _transformed_grad(grad, size, padding, dilation, tile):
+    """A y A^T of all m x m tiles y of an output gradient, zeros where tiles stick out; `size` is
+    the input's."""
     _, _, at = transform_matrices(tile, grad.dtype, grad.device)
-    (rows, _), (columns, _) = _grid(input, padding, dilation, tile)
+    (rows, _), (columns, _) = _grid(size, padding, dilation, tile)
     height, width = (rows - 2) * dilation[0], (columns - 2) * dilation[1]
     y = F.pad(grad, (0, width - grad.shape[3], 0, height - grad.shape[2]))
     y = y.reshape(*y.shape[:2], -1, tile, dilation[0], (columns - 2) // tile, tile, dilation[1])
     return torch.einsum("pa,nktpruqs,qb->nktrusab", at, y, at)
 
 
-def _grid(input, padding, dilation, tile):
-    """For both axes, the padded rows of one phase and how much of the padding lies behind the
-    input."""
+def _grid(size, padding, dilation, tile):
+    """For both axes of an input's size, the padded rows of one phase and how much of the padding
+    lies behind the input."""
     grid = []
-    for size, p, d in zip(input.shape[2:], padding, dilation):
-        tiles = -(-(size + 2 * p - 2 * d) // (d * tile))
+    for pixels, p, d in zip(size[2:], padding, dilation):
+        tiles = -(-(pixels + 2 * p - 2 * d) // (d * tile))
         rows = tiles * tile + 2
-        grid.append((rows, rows * d - size - p))
+        grid.append((rows, rows * d - pixels - p))
     return grid
 
 

@@ -3,7 +3,7 @@
 docs/swap.md is the page for users.
 """
 
-from pywino.swap.configs import Attention, Handler, Winograd, WinogradReLU, register
+from pywino.swap.configs import Attention, Handler, Sparse, Winograd, WinogradReLU, register
 from pywino.swap.graph import convert_, fuse_
 from pywino.swap.layers import explain, last_report, plan, restore_, swap_
 from pywino.swap.report import Explanation, Layer, Report
@@ -14,6 +14,7 @@ __all__ = [
     "Handler",
     "Layer",
     "Report",
+    "Sparse",
     "Winograd",
     "WinogradReLU",
     "convert_",

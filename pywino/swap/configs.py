@@ -24,6 +24,7 @@ from pywino.backends import Call
 from pywino.nn.channel_attention import ChannelAttention, ChannelResidualAttention, GatePaths
 from pywino.nn.conv_lstm import ConvLSTMCell
 from pywino.nn.dilated_conv import DilatedConv2d
+from pywino.nn.sparse_conv import SparseConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.ops.winograd import winograd_transform_filter
 from pywino.swap.report import Layer
@@ -97,6 +98,18 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """Convolutions with zeros in their weight, as `SparseConv2d`. The function stays.
+
+    spec: a pattern of `pywino.pruning` that each weight must have, or None for any.
+    least: the part of a weight that must be zero; a layer with fewer zeros stays as it is.
+    """
+
+    spec: Any = None
+    least: float = 0.5
+
+
+@dataclass(frozen=True)
 class Handler:
     """How one kind of config treats one layer.
 
@@ -118,6 +131,7 @@ class Handler:
     update: Callable[[nn.Module, Any], None] | None = None
     measure: Callable[[nn.Module, Any, tuple, dict, Layer], None] | None = None
     keeps_function: bool = True
+    quiet: bool = False  # a report gives its reasons only where nothing else was asked for
 
 
 HANDLERS: dict[type, Handler] = {}
@@ -145,6 +159,19 @@ def handler_of(config: object, op: str) -> Handler:
 
 def refuse_conv(conv: nn.Module) -> str | None:
     """Why a module is not a 3x3 convolution that a Winograd layer can stand in for; None: it is."""
+    if reason := _refuse_module(conv):
+        return reason
+    if conv.kernel_size != (3, 3):
+        return f"its kernel is {conv.kernel_size[0]}x{conv.kernel_size[1]}, not 3x3"
+    if conv.stride != (1, 1):
+        return f"its stride is {conv.stride}, not 1"
+    if conv.padding_mode != "zeros":
+        return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
+    return None
+
+
+def _refuse_module(conv: nn.Module) -> str | None:
+    """Why a module is no plain convolution of one group; None: it is."""
     if isinstance(conv, torch.jit.ScriptModule):
         return "it is TorchScript; swap before scripting"
     if parametrize.is_parametrized(conv):
@@ -163,14 +190,8 @@ def refuse_conv(conv: nn.Module) -> str | None:
         return "it was compiled on its own; swap before compiling"
     if reason := _odd_parameter(conv):
         return reason
-    if conv.kernel_size != (3, 3):
-        return f"its kernel is {conv.kernel_size[0]}x{conv.kernel_size[1]}, not 3x3"
-    if conv.stride != (1, 1):
-        return f"its stride is {conv.stride}, not 1"
     if conv.groups != 1:
         return f"it has {conv.groups} groups, not 1"
-    if conv.padding_mode != "zeros":
-        return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
     if conv.weight.dtype not in DTYPES:
         return (
             f"its weights are {conv.weight.dtype}; the kernels take float32, bfloat16 and float16"
@@ -211,6 +232,9 @@ def _update_winograd(layer: WinogradConv2d, config: Winograd) -> None:
 def _measure_winograd(
     conv: nn.Conv2d, config: Winograd | None, args: tuple, kwargs: dict, row: Layer
 ) -> None:
+    if getattr(conv, "domain", "spatial") == "winograd":
+        row.reason = "its weight is in the Winograd domain: PyTorch has no kernel to choose"
+        return
     input = args[0] if args else kwargs["input"]
     if input.dim() == 3:
         input = input.unsqueeze(0)
@@ -284,6 +308,8 @@ def _plus(total: float | None, seconds: float | None, calls: int) -> float | Non
 
 def _refuse_relu(conv: nn.Module, config: WinogradReLU) -> str | None:
     if type(conv) is WinogradConv2d:
+        if conv.domain == "winograd":
+            return "its weight is in the Winograd domain"
         return "a ReLU is fused into it; convert before fusing" if conv.activation else None
     return refuse_conv(conv)
 
@@ -325,6 +351,30 @@ register(
         matches=_matches_winograd,
         update=_update_winograd,
         measure=_measure_winograd,
+    ),
+)
+
+
+def _refuse_sparse(conv: nn.Module, config: Sparse) -> str | None:
+    if reason := _refuse_module(conv):
+        return reason
+    zeros = 1 - int(conv.weight.count_nonzero()) / conv.weight.numel()
+    if zeros < config.least:
+        return f"{zeros:.0%} of its weights are zero, fewer than {config.least:.0%}"
+    found = None if config.spec is None else config.spec.violation(conv.weight, "spatial")
+    if found is not None:
+        return f"its filter {found[0]} lacks the pattern of {config.spec}: {found[1]}"
+    return None
+
+
+register(
+    Sparse,
+    Handler(
+        speaks_of=nn.Conv2d,
+        layer=SparseConv2d,
+        refuse=_refuse_sparse,
+        make=lambda conv, config: SparseConv2d.from_dense(conv),
+        quiet=True,
     ),
 )
 register(

@@ -534,8 +534,12 @@ def _relu_hooked(block: _Block, node: fx.Node) -> bool:
     return relu is not None and _has_hooks(relu)
 
 
+def _weight_name(conv: nn.Conv2d) -> str:
+    return "winograd_weight" if "winograd_weight" in conv._parameters else "weight"
+
+
 def _not_plain(conv: nn.Conv2d) -> str | None:
-    for name in ("weight", "bias"):
+    for name in (_weight_name(conv), "bias"):
         if name not in conv._parameters:
             return f"its {name} is computed from something else"
     return None
@@ -554,9 +558,10 @@ def _erase(node: fx.Node, by: fx.Node) -> None:
 
 
 def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-    )
+    name = _weight_name(conv)
+    statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    weight, conv.bias = fuse_conv_bn_weights(getattr(conv, name), conv.bias, *statistics)
+    setattr(conv, name, weight)
 
 
 def _residual(block: _Block, chain: list[fx.Node], add: fx.Node) -> tuple[fx.Node | None, str]:

@@ -114,6 +114,8 @@ def restore_(model: nn.Module, strict: bool = False) -> nn.Module:
             reason = f"it is a {type(module).__name__}, a subclass or parametrized"
         elif not hasattr(layer, "to_dense"):
             reason = "torch has no such layer"
+        elif getattr(module, "domain", "spatial") == "winograd":
+            reason = "its weight is in the Winograd domain"
         elif id(module) in homeless_relu:
             reason = "it has a ReLU of its own, which a Conv2d has not"
         else:
@@ -315,7 +317,8 @@ def _choose_handler(decision: _Decision, names: list[str], configs: list[object]
         if reason is None:
             decision.action, decision.handler, decision.config = "swap", handler, config
             return
-        refusals.append(reason)
+        if not handler.quiet or len(configs) == 1:
+            refusals.append(reason)
     if type(module) in [*BUILT, *(handler.layer for handler in HANDLERS.values())]:
         refusals = ["it is a layer of pywino of another kind"]
     decision.reason = "; ".join(dict.fromkeys(refusals))

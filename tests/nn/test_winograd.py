@@ -584,3 +584,139 @@ def test_layers_do_not_plan_twice_for_one_signature(layer, input, monkeypatch):
         for _ in range(3):
             layer(input)
     assert len(asked) == 1
+
+
+# --- weights of the Winograd domain ---
+
+
+@pytest.fixture
+def domain_layer(conv):
+    layer = WinogradConv2d.from_dense(copy.deepcopy(conv))
+    return layer.to_winograd_domain_(4)
+
+
+def prune(layer, sparsity=0.8):
+    with torch.no_grad():
+        layer.winograd_weight.mul_(torch.rand_like(layer.winograd_weight) > sparsity)
+    return layer
+
+
+def check_domain(layer, input):
+    weight = layer.winograd_weight
+    with torch.no_grad():
+        expected = reference.winograd_domain_conv2d(input, weight, layer.bias, 1, 1, layer.tile)
+        for _ in range(2):
+            torch.testing.assert_close(layer(input), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_into_the_winograd_domain(conv, input, tile):
+    layer = WinogradConv2d.from_dense(copy.deepcopy(conv)).to_winograd_domain_(tile)
+    assert (layer.domain, layer.tile) == ("winograd", tile)
+    assert sorted(layer.state_dict()) == ["bias", "winograd_weight"]
+    assert f"domain=winograd, tile={tile}" in repr(layer)
+    torch.testing.assert_close(layer(input), conv(input), rtol=1e-4, atol=1e-4)
+    check_domain(prune(layer), input)
+    assert layer.to_winograd_domain_(tile) is layer
+
+
+def test_built_in_the_winograd_domain(input):
+    layer = WinogradConv2d(16, 24, 3, padding="same", domain="winograd", tile=2)
+    assert layer.winograd_weight.shape == (24, 16, 4, 4)
+    check_domain(layer, input)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(input), layer(input))
+
+
+@pytest.mark.native
+def test_a_pruned_filter_is_packed_once_a_version(domain_layer, input, monkeypatch):
+    made = []
+    pack = layers.pack
+    monkeypatch.setattr(layers, "pack", lambda *a: made.append(pack(*a)) or made[-1])
+    with torch.no_grad():
+        domain_layer(input), domain_layer(input)
+        assert [filter.dtype for filter in made] == [torch.float32]
+        prune(domain_layer)
+        domain_layer(input), domain_layer(input)
+        assert [filter.dtype for filter in made[1:]] == [torch.int32]
+    check_domain(domain_layer, input)
+    optimizer = torch.optim.SGD(domain_layer.parameters(), 0.1)
+    domain_layer(input).square().mean().backward()
+    optimizer.step()
+    check_domain(domain_layer, input)
+    assert len(made) == 3
+
+
+@pytest.mark.native
+def test_a_pruned_winograd_relu_layer_skips_its_zeros(input):
+    layer = WinogradReLUConv2d(16, 24, tile=4)
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand_like(layer.weight) > 0.8)
+        expected = reference.winograd_relu_conv2d(input, layer.weight, tile=4)
+        torch.testing.assert_close(layer(input), expected, rtol=1e-4, atol=1e-4)
+    ((_, _, filter),) = layer._filters.filters.values()
+    assert filter.dtype == torch.int32
+    torch.testing.assert_close(layer(input), expected, rtol=1e-4, atol=1e-4)  # with gradients
+
+
+def test_epilogues_of_the_winograd_domain(domain_layer, input):
+    layer = prune(domain_layer)
+    plain = layer(input)
+    residual = torch.randn_like(plain)
+    layer.activation = "relu"
+    for extra in (None, residual, residual[:, :1], residual.double()):
+        for context in (torch.no_grad, torch.enable_grad):
+            with context():
+                expected = plain if extra is None else plain + extra
+                torch.testing.assert_close(layer(input, extra), expected.relu())
+    torch.testing.assert_close(layer(input[0]), layer(input)[0])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert layer(input).dtype == torch.bfloat16
+    batched = torch.vmap(layer)(input.unsqueeze(1))
+    torch.testing.assert_close(batched.squeeze(1), layer(input), rtol=1e-4, atol=1e-4)
+
+
+def test_training_in_the_winograd_domain(domain_layer, input):
+    prune(domain_layer)
+    domain_layer(input).square().sum().backward()
+    exact = [p.detach().double().requires_grad_() for p in domain_layer.parameters()]
+    bias, weight = exact if exact[0].dim() == 1 else exact[::-1]
+    output = reference.winograd_domain_conv2d(input.double(), weight, bias, 1, 1, 4)
+    output.square().sum().backward()
+    for ours, theirs in zip(domain_layer.parameters(), exact):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_checkpoints_of_the_other_domain_say_so(conv, domain_layer):
+    spatial = WinogradConv2d(16, 24, 3, padding=1)
+    with pytest.raises(RuntimeError, match="must have winograd_weight, got weight"):
+        domain_layer.load_state_dict(conv.state_dict())
+    with pytest.raises(RuntimeError, match=r'must have weight, got winograd_weight.*domain="win'):
+        spatial.load_state_dict(domain_layer.state_dict())
+    with pytest.raises(RuntimeError, match="winograd_weight"):
+        conv.load_state_dict(domain_layer.state_dict())
+
+
+def test_layers_that_stay_in_space():
+    for arguments, match in (
+        ({"kernel_size": 5, "domain": "winograd"}, "3x3 kernel"),
+        ({"kernel_size": 3, "stride": 2, "domain": "winograd"}, "stride 1"),
+        ({"kernel_size": 3, "domain": "winograd", "tile": 3}, "tile must be 2, 4 or 6, got 3"),
+        ({"kernel_size": 3, "domain": "fourier"}, "'spatial' or 'winograd', got 'fourier'"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            WinogradConv2d(16, 16, **arguments)
+
+
+def test_the_winograd_domain_has_no_way_back(domain_layer, input):
+    with pytest.raises(RuntimeError, match="no 3x3 kernel equals"):
+        domain_layer.to_dense()
+    model = nn.Sequential(domain_layer)
+    with pytest.warns(UserWarning, match="weight is in the Winograd domain"):
+        pywino.restore_(model)
+    assert model[0] is domain_layer
+    with pytest.raises(RuntimeError, match="no counterpart"):
+        pywino.restore_(model, strict=True)
+    report = pywino.plan(model, example=input)  # nothing to choose
+    assert report[""].reason if "" in [r.fqn for r in report] else report["0"].reason

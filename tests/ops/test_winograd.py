@@ -619,13 +619,13 @@ def test_opcheck_of_the_native_kernels():
             is None
         ):
             opcheck(
-                ops._winograd_relu_backward_input,
-                (grad, input, packed, 4, *geometry),
+                ops._winograd_domain_backward_input,
+                (grad, input, packed, 4, *geometry, True),
                 test_utils=utils,
             )
             opcheck(
                 ops._winograd_backward_weight,
-                (grad, input, 4, *geometry, False),
+                (grad, input, 4, *geometry, True, False),
                 test_utils=utils,
             )
 

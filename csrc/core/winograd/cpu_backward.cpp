@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Winograd gradients, compiled once per instruction set. The input gradient of the plain convolution is a forward one with the
-// turned filter (cpu_forward.cpp); here are the weight gradient, and the input gradient with the ReLU inside.
+// turned filter (cpu_forward.cpp); here are the weight gradient, and the input gradient of a weight in the Winograd domain.
 //
 // Weight gradient: dU[xi][c][k] = sum over tiles V[xi][tile][c] D[xi][tile][k], with V = B^T d B and D = A dY A^T, then G^T dU G.
 // The channels are cut into blocks of at most 128 x 128, so that the accumulators of a block stay near the core; where there
@@ -145,7 +145,7 @@ struct WeightGradient {
                   k1 = part_begin(grad.blocks(), blocks_k, bk + 1);
     const Groups groups(int(channels(c0, c1)), kRows2);
     const int64_t per_xi = channels(c0, c1) * (k1 - k0) * kLanes;
-    const int rows = groups.size(i), size = params.winograd_relu ? A : 3;
+    const int rows = groups.size(i), size = params.spatial ? 3 : A;
     const int entries = rows * size * size;
     vec kernels[round_up(kRows2 * A2, kLanes)];  // the group's kernels, lanes = k
     for (int64_t k = k0; k < k1; ++k) {
@@ -159,7 +159,7 @@ struct WeightGradient {
           for (int64_t s = 1; s < n; ++s) total += load(at + s * sum_floats + xi * per_xi);
           u[xi / A][xi % A] = total;
         }
-        if (!params.winograd_relu) {
+        if (params.spatial) {
           for (int x = 0; x < A; ++x) {
             vec column[A], o[3];
             for (int y = 0; y < A; ++y) column[y] = u[y][x];
@@ -238,12 +238,12 @@ struct WeightGradient {
   }
 };
 
-// --- input gradient with the ReLU in the Winograd domain ----------------------------------------------------------------------
+// --- input gradient of a weight in the Winograd domain ---------------------------------------------------------------------------
 // Neighbouring patches overlap in dX, so one thread does all tiles of an image, for its share of the input channels.
 template <int M, typename T>
-struct ReluInputGradient {
+struct DomainInputGradient {
   static constexpr int A = Transform<M>::A, A2 = A * A;
-  const ReluInputGradientParams& params;
+  const DomainInputGradientParams& params;
   const Geometry& g;
   Source<T> input, grad;
   Grid grid;
@@ -252,7 +252,7 @@ struct ReluInputGradient {
   int64_t next = 0;
   bool failed = false;
 
-  ReluInputGradient(const ReluInputGradientParams& p, int threads)
+  DomainInputGradient(const DomainInputGradientParams& p, int threads)
       : params(p),
         g(p.geometry),
         input(input_source<T>(g, p.input)),
@@ -305,25 +305,28 @@ struct ReluInputGradient {
     alignas(64) float strip[A * kStrip * kLanes], sum[A * kStrip * kLanes], v[A2 * kLanes];
     const int64_t plane = g.input.h * g.input.w, y0 = piece.y - g.pad_h, x0 = piece.x - g.pad_w;
     const int columns = piece.count * M + 2, lanes = int(min<int64_t>(kLanes, g.input.c - channel));
+    const bool masked = params.winograd_relu;
     const T* image = input.data + piece.image * g.input.c * plane;
-    if (g.channels_last)
+    if (masked && g.channels_last)
       stage_pixels<A>(input, image, channel, y0, x0, columns, strip);
-    else
+    else if (masked)
       stage<A>(input, image + channel * plane, lanes, y0, x0, columns, strip);
     for (int i = 0; i < A; ++i)
       for (int j = 0; j < columns; ++j) store(sum + (i * kStrip + j) * kLanes, zero());
     for (int s = 0; s < piece.count; ++s, dv += pitch) {
       const float* patch = strip + s * M * kLanes;
-      transform_patch<InputPatch<M>>(
-          [&](int i, int j)
-              __attribute__((always_inline)) { return load(patch + (i * kStrip + j) * kLanes); },
-          false, v, kLanes);
+      if (masked)
+        transform_patch<InputPatch<M>>(
+            [&](int i, int j)
+                __attribute__((always_inline)) { return load(patch + (i * kStrip + j) * kLanes); },
+            false, v, kLanes);
       vec t[A][A];
       PYWINO_ROLLED for (int j = 0; j < A; ++j) {
         vec q[A], o[A];
         PYWINO_UNROLL for (int i = 0; i < A; ++i) {
           const int xi = i * A + j;
-          q[i] = load(v + xi * kLanes) > zero() ? load(dv + xi * stride_p) : zero();
+          q[i] = load(dv + xi * stride_p);
+          if (masked) q[i] = load(v + xi * kLanes) > zero() ? q[i] : zero();
         }
         Transform<M>::input_transposed(q, o);
         PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = o[i];
@@ -358,7 +361,7 @@ struct ReluInputGradient {
   }
 
   static void body(void* arg) {
-    ReluInputGradient& run = *static_cast<ReluInputGradient*>(arg);
+    DomainInputGradient& run = *static_cast<DomainInputGradient*>(arg);
     float* d = static_cast<float*>(
         scratch(A2 * (run.stride_d + run.stride_p) * sizeof(float), ScratchSlot::own));
     if (!d) {
@@ -406,6 +409,6 @@ Status run(const Params& params, const Executor& executor) {
 
 extern const BackwardKernels PYWINO_ISA_NAME(backward_kernels_);
 const BackwardKernels PYWINO_ISA_NAME(backward_kernels_) = {
-    run<WeightGradient, WeightGradientParams>, run<ReluInputGradient, ReluInputGradientParams>};
+    run<WeightGradient, WeightGradientParams>, run<DomainInputGradient, DomainInputGradientParams>};
 
 }  // namespace pywino::winograd

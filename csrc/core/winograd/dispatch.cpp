@@ -4,27 +4,9 @@
 
 namespace pywino::winograd {
 
-// isa, and what to do with it
-#ifdef PYWINO_HAVE_AVX512BF16
-#define PYWINO_AVX512BF16(what) what(avx512bf16)
-#else
-#define PYWINO_AVX512BF16(what)
-#endif
-#ifdef PYWINO_HAVE_AVX512
-#define PYWINO_AVX512(what) what(avx512)
-#else
-#define PYWINO_AVX512(what)
-#endif
-#ifdef PYWINO_HAVE_AVX2
-#define PYWINO_AVX2(what) what(avx2)
-#else
-#define PYWINO_AVX2(what)
-#endif
-#define PYWINO_EACH_ISA(what) \
-  what(portable) PYWINO_AVX2(what) PYWINO_AVX512(what) PYWINO_AVX512BF16(what)
-
 #define PYWINO_DECLARE(name)                          \
   extern const ForwardKernels forward_kernels_##name; \
+  extern const SparseKernels sparse_kernels_##name;   \
   extern const BackwardKernels backward_kernels_##name;
 PYWINO_EACH_ISA(PYWINO_DECLARE)
 
@@ -36,6 +18,15 @@ const ForwardKernels& forward_kernels() {
   switch (isa()) {
     PYWINO_EACH_ISA(PYWINO_FORWARD)
     default: return forward_kernels_portable;
+  }
+}
+
+#define PYWINO_SPARSE(name) \
+  case Isa::name: return sparse_kernels_##name;
+const SparseKernels& sparse_kernels() {
+  switch (isa()) {
+    PYWINO_EACH_ISA(PYWINO_SPARSE)
+    default: return sparse_kernels_portable;
   }
 }
 
@@ -79,7 +70,19 @@ void transform_matrices(int tile, double* bt, double* g, double* at) {
 }
 
 Status forward(const ForwardParams& params, const Executor& executor) {
-  return forward_kernels().forward(params, executor);
+  return params.sparse_filter ? sparse_kernels().forward(params, executor)
+                              : forward_kernels().forward(params, executor);
+}
+int64_t sparse_filter_size(const FilterParams& params, Pattern pattern, const Executor& executor) {
+  return sparse_kernels().size(params, pattern, executor);
+}
+Status sparse_filter(const FilterParams& params, Pattern pattern, int32_t* packed,
+                     const Executor& executor) {
+  return sparse_kernels().pack(params, pattern, packed, executor);
+}
+bool sparse_filter_fits(const int32_t* packed, int64_t words, int64_t out_channels,
+                        int64_t in_channels, int tile) {
+  return sparse_kernels().fits(packed, words, out_channels, in_channels, tile);
 }
 Status filter(const FilterParams& params, const Executor& executor) {
   return forward_kernels().filter(params, executor);
@@ -90,8 +93,8 @@ int64_t filter_size(int64_t out_channels, int64_t in_channels, int tile, bool fa
 Status weight_gradient(const WeightGradientParams& params, const Executor& executor) {
   return backward_kernels().weight_gradient(params, executor);
 }
-Status relu_input_gradient(const ReluInputGradientParams& params, const Executor& executor) {
-  return backward_kernels().relu_input_gradient(params, executor);
+Status domain_input_gradient(const DomainInputGradientParams& params, const Executor& executor) {
+  return backward_kernels().domain_input_gradient(params, executor);
 }
 
 }  // namespace pywino::winograd

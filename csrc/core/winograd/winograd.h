@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/copies.h"
 #include "../common/dtype.h"
 #include "../common/executor.h"
 #include "../common/isa.h"
@@ -42,7 +43,11 @@ struct ForwardParams {
   bool relu;             // on the output
   bool winograd_relu;    // on B^T d B (Liu et al., ICLR 2018)
   bool fast;             // products of bfloat16, summed in fp32; the filter must be packed so
+  const int32_t* sparse_filter = nullptr;  // from sparse_filter: instead of `filter`
 };
+
+// How a sparse filter is packed (sparse.h): without each zero, or without the vectors of output channels that are zero.
+enum class Pattern : int { unstructured, blocks };
 
 // Filters of K x C kernels, each (size x size), any strides in elements.
 struct FilterParams {
@@ -64,15 +69,17 @@ struct WeightGradientParams {
   Geometry geometry;
   const void* input;
   const void* grad;    // (n, K, out_h, out_w)
-  bool winograd_relu;  // ReLU on B^T d B, and no G: the weight itself is in the Winograd domain
+  bool spatial;        // else no G: the weight itself is in the Winograd domain
+  bool winograd_relu;  // ReLU on B^T d B
   float* gradient;     // (K, C, 3, 3), or (K, C, a, a)
 };
 
-// dX = sum over tiles B [ (U^T (A dY A^T)) . (B^T d B > 0) ] B^T
-struct ReluInputGradientParams {
+// dX = sum over tiles B [ (U^T (A dY A^T)) . (B^T d B > 0) ] B^T, without the mask where there is no ReLU
+struct DomainInputGradientParams {
   Geometry geometry;
-  const void* input;
+  const void* input;  // for the mask
   const void* grad;
+  bool winograd_relu;
   const float* filter;    // packed with `rotate`
   float* input_gradient;  // like input, but fp32
 };
@@ -83,13 +90,17 @@ struct ForwardKernels {
   Status (*filter)(const FilterParams&, const Executor&);
   int64_t (*filter_size)(int64_t out_channels, int64_t in_channels, int tile, bool fast);
 };
+struct SparseKernels {
+  Status (*forward)(const ForwardParams&, const Executor&);
+  int64_t (*size)(const FilterParams&, Pattern, const Executor&);
+  Status (*pack)(const FilterParams&, Pattern, int32_t* packed, const Executor&);
+  bool (*fits)(const int32_t* packed, int64_t words, int64_t out_channels, int64_t in_channels,
+               int tile);
+};
 struct BackwardKernels {
   Status (*weight_gradient)(const WeightGradientParams&, const Executor&);
-  Status (*relu_input_gradient)(const ReluInputGradientParams&, const Executor&);
+  Status (*domain_input_gradient)(const DomainInputGradientParams&, const Executor&);
 };
-#define PYWINO_JOIN_(a, b) a##b
-#define PYWINO_JOIN(a, b) PYWINO_JOIN_(a, b)
-#define PYWINO_ISA_NAME(name) PYWINO_JOIN(name, PYWINO_ISA)
 
 PYWINO_API bool tile_exists(int tile);
 // B^T (a x a), G (a x 3), A^T (m x a), row-major.
@@ -98,7 +109,13 @@ PYWINO_API void transform_matrices(int tile, double* bt, double* g, double* at);
 PYWINO_API Status forward(const ForwardParams&, const Executor&);
 PYWINO_API Status filter(const FilterParams&, const Executor&);
 PYWINO_API Status weight_gradient(const WeightGradientParams&, const Executor&);
-PYWINO_API Status relu_input_gradient(const ReluInputGradientParams&, const Executor&);
+PYWINO_API Status domain_input_gradient(const DomainInputGradientParams&, const Executor&);
+// A filter of the Winograd domain (`spatial`, `fast` and `packed` of the params are not read) without its zeros: its size in
+// 32-bit words, its packing, and whether an array is such a filter of the instruction set in force.
+PYWINO_API int64_t sparse_filter_size(const FilterParams&, Pattern, const Executor&);
+PYWINO_API Status sparse_filter(const FilterParams&, Pattern, int32_t* packed, const Executor&);
+PYWINO_API bool sparse_filter_fits(const int32_t* packed, int64_t words, int64_t out_channels,
+                                   int64_t in_channels, int tile);
 // Floats of a packed filter, in the instruction set in force; 0 where it has no such products.
 PYWINO_API int64_t filter_size(int64_t out_channels, int64_t in_channels, int tile, bool fast);
 

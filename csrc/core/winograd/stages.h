@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the dense and the sparse forward share: a call's job, the input and the output stage, and what is fetched ahead.
+#pragma once
+
+#include "../common/simd.h"
+#include "patches.h"
+#include "product.h"
+#include "tiles.h"
+#include "transforms.h"
+#include "winograd.h"
+
+namespace pywino::winograd {
+namespace {
+
+// An output of more is written past the caches, an input of more is prefetched: a smaller one is in the second-level cache.
+constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) << 20;
+
+int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
+
+// --- one call ---------------------------------------------------------------------------------------------------------------
+template <typename T>
+struct Job {
+  const ForwardParams& params;
+  const Geometry& geometry;
+  Source<T> source;
+  Grid grid;
+  int64_t out_h, out_w, stride_v, stride_m;
+  int64_t blocks;  // vectors of input channels
+  int64_t lines;   // of a tile's channels in V
+  int rows;        // most tiles of a register block
+  bool stream;     // write the output past the caches
+};
+
+// Where (tile, vector of channels) of V lies in its chunk, for xi = 0.
+template <typename E, typename T>
+PYWINO_INLINE int64_t v_offset(const Job<T>& job, const Groups& groups, int tile, int64_t block) {
+  using D = Depth<E>;
+  const int g = groups.of(tile), start = groups.start(g);
+  return (start * job.lines + block / D::kPerFloat * groups.size(g) + (tile - start)) * D::kLine +
+         block % D::kPerFloat * kLanes;
+}
+
+template <int M, typename T, typename E>
+void input_stage(const Job<T>& job, int64_t first, int t0, int t1, const Groups& groups,
+                 int64_t block0, int64_t block1, E* v) {
+  transform_tiles<InputPatch<M>, M>(
+      job.source, job.grid, first, t0, t1, block0, block1,
+      [&](int tile, int64_t block)
+          __attribute__((always_inline)) { return v_offset<E>(job, groups, tile, block); },
+      job.params.winograd_relu, v, job.stride_v);
+}
+
+// --- prefetch -----------------------------------------------------------------------------------------------------------
+// The product computes and hardly reads memory; the input stage waits for memory and hardly computes. So while one chunk is
+// multiplied, the patches of the next are fetched into the second-level cache, a few lines after each register block.
+template <int M, typename T>
+class Prefetch {
+ public:
+  // Nothing to fetch.
+  Prefetch() = default;
+
+  // The patches of tiles [first, end), in `calls` calls of next().
+  Prefetch(const Job<T>& job, int64_t first, int64_t end, int64_t calls, int64_t depth)
+      : job_(&job),
+        tile_(first),
+        end_(end),
+        strip_(job.geometry.channels_last ? 0 : most_tiles_in_strip(M)),
+        quarters_(max<int64_t>(1, depth / 4)) {
+    int64_t slots = 0;
+    for (int64_t t = first; t < end;) {
+      piece_ = job.grid.piece(t, end - t, strip_);
+      row();
+      slots += A * slots_;
+      t += piece_.count;
+    }
+    ahead_.rate = int(ceil_div(slots, calls * quarters_));
+    open();
+  }
+
+  // What to fetch during the next register block.
+  PYWINO_INLINE const Ahead& next() {
+    if (!job_) return ahead_;
+    ahead_.next += ahead_.pitch * quarters_ * ahead_.rate;
+    slots_ -= quarters_ * ahead_.rate;
+    if (slots_ <= 0) advance();
+    return ahead_;
+  }
+
+ private:
+  static constexpr int A = Transform<M>::A;
+
+  void open() {
+    if (tile_ >= end_) {
+      job_ = nullptr;
+      ahead_.rate = 0;
+      return;
+    }
+    piece_ = job_->grid.piece(tile_, end_ - tile_, strip_);
+    tile_ += piece_.count;
+    i_ = -1;
+    advance();
+  }
+
+  // To the next row of the patches that lies inside the input.
+  void advance() {
+    const Geometry& g = job_->geometry;
+    for (++i_; i_ < A; ++i_) {
+      const int64_t y = piece_.y - g.pad_h + i_ * g.dil_h;
+      if (y >= 0 && y < g.input.h) return row();
+    }
+    open();
+  }
+
+  // A slot is a cache line of a row, or one pixel of it (dilated), or the row of one plane.
+  void row() {
+    const Geometry& g = job_->geometry;
+    const int64_t C = g.input.c, y = max<int64_t>(0, piece_.y - g.pad_h + i_ * g.dil_h);
+    const int64_t x0 = max<int64_t>(0, piece_.x - g.pad_w),
+                  columns = (piece_.count * M + 1) * g.dil_w + 1;
+    const T* input = static_cast<const T*>(job_->params.input);
+    int64_t bytes;
+    if (!g.channels_last) {
+      input += (piece_.image * C * g.input.h + y) * g.input.w + x0;
+      slots_ = C, bytes = columns * sizeof(T), ahead_.pitch = g.input.h * g.input.w * sizeof(T);
+    } else {
+      input += ((piece_.image * g.input.h + y) * g.input.w + x0) * C;
+      if (g.dil_w == 1)
+        slots_ = ceil_div<int64_t>(columns * C * sizeof(T), 64), bytes = ahead_.pitch = 64;
+      else
+        slots_ = piece_.count * M + 2, bytes = C * sizeof(T),
+        ahead_.pitch = g.dil_w * C * sizeof(T);
+    }
+    ahead_.next = reinterpret_cast<const char*>(input);
+    ahead_.lines = int(ceil_div<int64_t>(bytes, 64));
+  }
+
+  const Job<T>* job_ = nullptr;
+  int64_t tile_ = 0, end_ = 0;
+  int strip_ = 0;
+  int64_t quarters_ = 0,
+          slots_ = 0;  // fours of channels in a register block; slots left in the row
+  int i_ = 0;          // row of the patches
+  Piece piece_{};
+  Ahead ahead_ = kNothing;
+};
+
+// --- output transform -----------------------------------------------------------------------------------------------------
+// Y = A^T m A of one tile and one vector of channels, row by row: store_row(i, y) gets M vectors.
+template <int M, typename Store>
+PYWINO_INLINE void transform_product(const float* m, int64_t stride, int rows,
+                                     const Store& store_row) {
+  constexpr int A = Transform<M>::A;
+  vec t[M][A];
+  PYWINO_ROLLED for (int j = 0; j < A; ++j) {
+    vec q[A], o[M];
+    PYWINO_UNROLL for (int i = 0; i < A; ++i) q[i] = load(m + (i * A + j) * stride);
+    Transform<M>::output(q, o);
+    PYWINO_UNROLL for (int i = 0; i < M; ++i) t[i][j] = o[i];
+  }
+  PYWINO_ROLLED for (int i = 0; i < rows; ++i) {
+    vec y[M];
+    Transform<M>::output(t[i], y);
+    store_row(i, y);
+  }
+}
+
+// Outputs of a tile that exist: those before `end`, d apart from `first`.
+PYWINO_INLINE int outputs_inside(int64_t first, int64_t end, int64_t d, int m) {
+  return int(max<int64_t>(0, min<int64_t>(m, ceil_div(end - first, d))));
+}
+
+template <int M, typename T>
+void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel, int vectors,
+                          const float* m) {
+  const Geometry& g = job.geometry;
+  const int64_t K = g.out_channels, row = g.dil_h * job.out_w * K, column = g.dil_w * K;
+  const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
+  T* out = static_cast<T*>(job.params.output);
+  const T* residual = static_cast<const T*>(job.params.residual);
+  const bool relu_out = job.params.relu;
+  for (int s = 0; s < piece.count; ++s) {
+    const int64_t x0 = piece.x + s * M * g.dil_w;
+    const int columns = outputs_inside(x0, job.out_w, g.dil_w, M);
+    const int64_t at = ((piece.image * job.out_h + piece.y) * job.out_w + x0) * K + channel;
+    for (int n = 0; n < vectors; ++n) {
+      const int lanes = int(min<int64_t>(kLanes, K - channel - n * kLanes));
+      const vec bias =
+          job.params.bias ? load_part(job.params.bias + channel + n * kLanes, 0, lanes) : zero();
+      T* tile = out + at + n * kLanes;
+      const T* skip = residual ? residual + at + n * kLanes : nullptr;
+      const float* product = m + (s * vectors + n) * kLanes;
+      if (columns == M && lanes == kLanes) {
+        transform_product<M>(
+            product, job.stride_m, rows, [&](int i, vec* y) __attribute__((always_inline)) {
+              PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += bias;
+              if (skip)
+                PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += load(skip + i * row + j * column);
+              if (relu_out) PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] = relu(y[j]);
+              if (sizeof(T) == 4 && job.stream)
+                PYWINO_UNROLL for (int j = 0; j < M; ++j)
+                    stream(reinterpret_cast<float*>(tile + i * row + j * column), y[j]);
+              else
+                PYWINO_UNROLL for (int j = 0; j < M; ++j) store(tile + i * row + j * column, y[j]);
+            });
+      } else {
+        transform_product<M>(
+            product, job.stride_m, rows, [&](int i, vec* y) __attribute__((always_inline)) {
+              for (int j = 0; j < columns; ++j) {
+                vec value = y[j] + bias;
+                if (skip) value += load_part(skip + i * row + j * column, 0, lanes);
+                store_part(tile + i * row + j * column, relu_out ? relu(value) : value, 0, lanes);
+              }
+            });
+      }
+    }
+  }
+}
+
+template <int M, typename T>
+void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int vectors,
+                   const float* m) {
+  const Geometry& g = job.geometry;
+  const int64_t plane = job.out_h * job.out_w;
+  const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
+  const int columns = outputs_inside(piece.x, job.out_w, g.dil_w, M * piece.count);
+  const bool relu_out = job.params.relu;
+  alignas(64) float strip[M * kStrip * kLanes];
+  for (int n = 0; n < vectors; ++n) {
+    const int64_t k = channel + n * kLanes;
+    const int lanes = int(min<int64_t>(kLanes, g.out_channels - k));
+    const vec bias = job.params.bias ? load_part(job.params.bias + k, 0, lanes) : zero();
+    for (int s = 0; s < piece.count; ++s)
+      transform_product<M>(m + (s * vectors + n) * kLanes, job.stride_m, rows,
+                           [&](int i, vec* y) __attribute__((always_inline)) {
+                             PYWINO_UNROLL for (int j = 0; j < M; ++j)
+                                 store(strip + (i * kStrip + s * M + j) * kLanes, y[j] + bias);
+                           });
+    const int64_t at =
+        ((piece.image * g.out_channels + k) * job.out_h + piece.y) * job.out_w + piece.x;
+    T* out = static_cast<T*>(job.params.output) + at;
+    const T* residual =
+        job.params.residual ? static_cast<const T*>(job.params.residual) + at : nullptr;
+    for (int i = 0; i < rows; ++i) {
+      const float* pixels = strip + i * kStrip * kLanes;
+      const int64_t row = i * g.dil_h * job.out_w;
+      if (g.dil_w == 1) {
+        for (int j = 0; j < columns; j += kLanes) {
+          const int width = min(kLanes, columns - j);
+          vec r[kLanes];
+          PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = load(pixels + (j + c) * kLanes);
+          transpose(r);
+          if (width == kLanes && lanes == kLanes && !residual) {
+            if (relu_out) PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = relu(r[c]);
+            T* to = out + row + j;
+            if (sizeof(T) == 4 && job.stream && reinterpret_cast<uintptr_t>(to) % (4 * kLanes) == 0)
+              PYWINO_UNROLL for (int c = 0; c < kLanes; ++c)
+                  stream(reinterpret_cast<float*>(to + c * plane), r[c]);
+            else
+              PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) store(to + c * plane, r[c]);
+          } else {
+            PYWINO_ROLLED for (int c = 0; c < lanes; ++c) {
+              vec value = r[c];
+              if (residual) value += load_part(residual + c * plane + row + j, 0, width);
+              store_part(out + c * plane + row + j, relu_out ? relu(value) : value, 0, width);
+            }
+          }
+        }
+      } else {
+        for (int j = 0; j < columns; ++j)
+          for (int c = 0; c < lanes; ++c) {
+            const int64_t offset = c * plane + row + j * g.dil_w;
+            float value = pixels[j * kLanes + c];
+            if (residual) value += get(residual + offset);
+            put(out + offset, relu_out && value < 0.f ? 0.f : value);
+          }
+      }
+    }
+  }
+}
+
+// Tiles [t0, t1) of the chunk that starts at tile `first`; m is the product of tile t0.
+template <int M, typename T>
+void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
+                  const float* m) {
+  for (int t = t0; t < t1;) {
+    const Piece piece =
+        job.grid.piece(first + t, t1 - t, job.geometry.channels_last ? 0 : most_tiles_in_strip(M));
+    const float* product = m + int64_t(t - t0) * vectors * kLanes;
+    if (job.geometry.channels_last)
+      output_channels_last<M>(job, piece, channel, vectors, product);
+    else
+      output_planes<M>(job, piece, channel, vectors, product);
+    t += piece.count;
+  }
+}
+
+}  // namespace
+}  // namespace pywino::winograd

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU kernels as torch ops: unpack, check, allocate, launch. Schemas, fakes and gradients are in pywino/ops/sparse_conv.py,
+// which also words the errors that a user can cause; the checks here only keep memory safe.
+#include "core/sparse_conv/sparse_conv.h"
+
+#include "tensor.h"
+
+namespace pywino {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+Tensor sparse_pack(const Tensor& weight, bool rotate, bool blocks) {
+  constexpr const char* op = "pywino::_sparse_pack";
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, op,
+                  ": weight must be (K, C, height, width) without empty dimensions");
+  sparse_conv::FilterParams p;
+  p.weight = weight.const_data_ptr();
+  p.dtype = dtype_of(weight, op, "weight");
+  p.out_channels = weight.size(0);
+  p.in_channels = weight.size(1);
+  p.kernel_h = weight.size(2);
+  p.kernel_w = weight.size(3);
+  p.stride_k = weight.stride(0);
+  p.stride_c = weight.stride(1);
+  p.stride_h = weight.stride(2);
+  p.stride_w = weight.stride(3);
+  p.rotate = rotate;
+  const auto pattern = blocks ? sparse_conv::Pattern::blocks : sparse_conv::Pattern::unstructured;
+  const int64_t words = sparse_conv::filter_size(p, pattern);
+  STD_TORCH_CHECK(words >= 0, op, ": the weight has too many entries");
+  Tensor packed = empty_cpu({words}, ScalarType::Int, false);
+  const auto status =
+      sparse_conv::pack(p, pattern, static_cast<int32_t*>(packed.mutable_data_ptr()));
+  STD_TORCH_CHECK(status == sparse_conv::Status::ok, op, ": the weight has too many entries");
+  return packed;
+}
+
+Tensor sparse_forward(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
+                      int64_t out_channels, IntHeaderOnlyArrayRef kernel_size,
+                      IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+                      IntHeaderOnlyArrayRef dilation) {
+  constexpr const char* op = "pywino::_sparse_forward";
+  check_dense(input, op, "input");
+  STD_TORCH_CHECK(
+      kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+      op, ": kernel_size, stride, padding and dilation must be two numbers each");
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
+                    op, ": padding must be >= 0, kernel_size, stride and dilation >= 1");
+  sparse_conv::ForwardParams p;
+  sparse_conv::Geometry& g = p.geometry;
+  g = {input.size(0),
+       input.size(1),
+       input.size(2),
+       input.size(3),
+       out_channels,
+       kernel_size[0],
+       kernel_size[1],
+       stride[0],
+       stride[1],
+       padding[0],
+       padding[1],
+       dilation[0],
+       dilation[1],
+       is_channels_last(input),
+       dtype_of(input, op, "input")};
+  STD_TORCH_CHECK(g.h + 2 * g.pad_h > g.dil_h * (g.kernel_h - 1) &&
+                      g.w + 2 * g.pad_w > g.dil_w * (g.kernel_w - 1),
+                  op, ": the output would be empty");
+  const bool is_filter =
+      filter.scalar_type() == ScalarType::Int && filter.is_contiguous() &&
+      sparse_conv::filter_fits(static_cast<const int32_t*>(filter.const_data_ptr()), filter.numel(),
+                               g);
+  STD_TORCH_CHECK(is_filter, op,
+                  ": the filter was packed for another weight or another instruction set");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
+                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
+                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
+  Tensor output =
+      empty_cpu({g.n, g.out_channels, g.out_h(), g.out_w()}, input.scalar_type(), g.channels_last);
+  p.input = input.const_data_ptr();
+  p.filter = static_cast<const int32_t*>(filter.const_data_ptr());
+  p.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  p.output = output.mutable_data_ptr();
+  STD_TORCH_CHECK(sparse_conv::forward(p, torch_threads()) == sparse_conv::Status::ok, op,
+                  ": out of memory for the scratch buffers");
+  return output;
+}
+
+}  // namespace
+}  // namespace pywino
+
+STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
+  m.impl("_sparse_pack", TORCH_BOX(&pywino::sparse_pack));
+  m.impl("_sparse_forward", TORCH_BOX(&pywino::sparse_forward));
+}

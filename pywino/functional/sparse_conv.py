@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`sparse_conv2d`: a convolution that skips the zeros of its weight."""
+
+import torch
+from torch import Tensor, get_autocast_dtype
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from pywino.functional._checks import autocasts, check_choice, check_geometry, check_tensors
+from pywino.ops import sparse_conv as ops
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, backend="auto"):
+    """`torch.nn.functional.conv2d` with one group, by a kernel that skips the zeros of `weight`
+    where that is the faster one here.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, bfloat16 or float16 (computed in float32) on the
+            CPU have kernels, everything else goes to F.conv2d.
+        weight: (K, C, height, width), any size; zeros are skipped one by one, or in blocks of 16
+            output channels and one input channel with its whole kernel.
+        bias: (K,) or None.
+        stride, padding, dilation: as in F.conv2d, padding="same" and "valid" included.
+        backend: "auto" | "cpu" (skips the zeros, however few) | "aten" | "cuda" | "triton".
+
+    Returns:
+        (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff the input is.
+        What a zero would multiply is not read, so NaN there does not spread. Differentiable twice;
+        zeros of the weight have gradients like all others.
+
+    Raises:
+        RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend that cannot run.
+
+    The weight is packed in every call: `pywino.SparseConv2d` keeps it packed.
+    """
+    return run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend)
+
+
+def run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, cache=None):
+    """`sparse_conv2d`, with packed filters kept in a layer's `FilterCache`."""
+    op = "sparse_conv2d"
+    check_choice(op, backend)
+    check_tensors(op, input, weight, bias)
+    stride, pads, dilation = check_geometry(op, input, weight, stride, padding, dilation, 1)
+    if padding == "same":
+        both = [d * (r - 1) for d, r in zip(dilation, weight.shape[2:])]
+        pads = tuple(total // 2 for total in both)
+        # What an even kernel needs more comes behind the input, as in PyTorch.
+        input = (
+            F.pad(input, (0, both[1] % 2, 0, both[0] % 2)) if any(t % 2 for t in both) else input
+        )
+    if input.dim() == 3:
+        batch = input.unsqueeze(0)
+        output = run_sparse_conv2d(batch, weight, bias, stride, pads, dilation, backend, cache)
+        return output.squeeze(0)
+    where = (stride, pads, dilation)
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.pywino.sparse_conv2d(input, weight, bias, *where, backend)
+    plain = (
+        type(input) is Tensor
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+    if not plain:
+        return F.conv2d(input, weight, bias, *where)
+    gradients = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, weight, bias)
+    )
+    if gradients or cache is None:
+        return torch.ops.pywino.sparse_conv2d.default(input, weight, bias, *where, backend)
+    if autocasts(input):
+        dtype = get_autocast_dtype(input.device.type)
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+    density = cache.derived("densities", weight, ops.densities)
+    pattern = ops.choose(input, weight.to(input.dtype), *where, backend, density)
+    if pattern == "dense":
+        return ops.dense_forward(input, weight.to(input.dtype), bias, *where)
+    filter = cache.derived(pattern, weight, lambda weight: ops.pack(weight, pattern))
+    size = tuple(weight.shape[2:])
+    return ops.native_forward(input, filter, bias, len(weight), size, *where)

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ops of convolution with a spatial weight that has zeros.
+
+    pywino::sparse_conv2d                   conv(input, weight) + bias, any kernel, stride, padding
+                                            and dilation, one group
+    pywino::sparse_conv2d_backward_input    its gradients. The three are closed under
+    pywino::sparse_conv2d_backward_weight   differentiation
+    pywino::_sparse_…                       the native kernels: a packed filter, no gradient
+
+What runs is chosen inside the kernels, on real tensors: PyTorch's dense convolution, or the kernel
+that skips zeros, where it was the faster one on this signature and density. The gradient of the
+weight is that of the dense weight: a zero of the weight has a gradient too, and
+`pywino.pruning.Pruner` masks it. An output is channels_last iff the op's input is.
+"""
+
+import time
+
+import torch
+from torch.nn import functional as F
+
+from pywino import _native as native
+from pywino import backends, planner
+from pywino.ops._library import autocast, define, differentiable
+
+_ops = torch.ops.pywino
+_choices = planner.memo()
+
+BLOCK = 16  # output channels of a block; whole vectors in every instruction set
+# The time of the kernels in units of PyTorch's dense convolution, by the part of the weights (of
+# the 16 x 1 blocks) that is not zero: slope and what it costs in any case. Decides where nothing is
+# measured, and which of the two is measured.
+_WORK = {"unstructured": (2.4, 0.2), "blocks": (1.4, 0.2)}
+_GAIN = 0.9  # a kernel must take less than this part of PyTorch's time
+_CALLS = 3  # of each contender, where it is measured
+
+
+# --- what runs ---
+
+
+def densities(weight):
+    """(part of the weights, part of the blocks of 16 output x 1 input channels) that are not
+    zero."""
+    kept = weight.detach() != 0
+    single = kept.float().mean().item()
+    kernels = F.pad(kept.flatten(2).any(2), (0, 0, 0, -len(kept) % BLOCK))
+    return single, kernels.unflatten(0, (-1, BLOCK)).any(1).float().mean().item()
+
+
+def estimate(single, blocks):
+    """(pattern, its time by PyTorch's) of the quicker kernel by the rule."""
+    times = {
+        name: slope * density + fixed
+        for (name, (slope, fixed)), density in zip(_WORK.items(), (single, blocks))
+    }
+    return min(times.items(), key=lambda item: item[1])
+
+
+def choose(input, weight, stride, padding, dilation, backend, density=None):
+    """ "dense", "unstructured" or "blocks": what runs this call.
+
+    Measured at the first call of a signature and density (in steps of 5 %), on the call's own
+    weight; the rule decides where the planner may not measure."""
+    if backend == "aten":
+        return "dense"
+    call = planner.describe("sparse_conv2d", input, weight, padding, dilation, stride=stride)
+    if backend != "auto":
+        planner.require(backend, call)
+    if backends.can_run("cpu", call) is not None:
+        return "dense"
+    single, blocks = density or densities(weight)
+    pattern, work = estimate(single, blocks)
+    if backend != "auto":
+        return pattern
+    if planner.mode() == "off":
+        return "dense"
+    if not planner.may_measure():
+        return pattern if work < _GAIN else "dense"
+    if work > 2:  # nothing to find out
+        return "dense"
+    steps = (-(-single // 0.05), -(-blocks // 0.05))
+    key = (planner.bucket(call), steps, pattern, torch.get_num_threads(), native.host.isa())
+    choice = _choices.get(key)
+    if choice is None:
+        wins = _beats_dense(input, weight, stride, padding, dilation, pattern)
+        choice = planner.remember(_choices, key, pattern if wins else "dense")
+    return choice
+
+
+def _beats_dense(input, weight, stride, padding, dilation, pattern):
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        input, weight = input.detach(), weight.detach()
+        filter = pack(weight, pattern)
+        where = (stride, padding, dilation)
+        size = tuple(weight.shape[2:])
+        runs = {
+            "dense": lambda: torch.conv2d(input, weight, None, *where),
+            "sparse": lambda: native_forward(input, filter, None, len(weight), size, *where),
+        }
+        best = dict.fromkeys(runs, float("inf"))
+        for _ in range(_CALLS):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best["sparse"] < planner.MARGIN * best["dense"]
+
+
+def pack(weight, pattern, rotate=False):
+    """The weight without its zeros, for `_sparse_forward`."""
+    return _ops._sparse_pack.default(weight, rotate, pattern == "blocks")
+
+
+def native_forward(input, filter, bias, out_channels, kernel_size, stride, padding, dilation):
+    """`_sparse_forward` on tensors as they come."""
+    if bias is not None:
+        bias = bias.float().contiguous()
+    where = (kernel_size, stride, padding, dilation)
+    return _ops._sparse_forward.default(_dense(input), filter, bias, out_channels, *where)
+
+
+# --- the op ---
+
+
+def _format(like):
+    return torch.channels_last if backends.is_channels_last(like) else torch.contiguous_format
+
+
+def _dense(tensor):
+    return tensor if backends.is_channels_last(tensor) else tensor.contiguous()
+
+
+def _output_size(input, weight, stride, padding, dilation):
+    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return (
+        input.shape[0],
+        weight.shape[0],
+        *((i + 2 * p - d * (r - 1) - 1) // s + 1 for i, r, s, p, d in sizes),
+    )
+
+
+def _empty(size, like):
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_format(like))
+
+
+def _check(input, weight, stride, padding, dilation):
+    torch._check(
+        input.dim() == 4
+        and weight.dim() == 4
+        and input.shape[1] == weight.shape[1]
+        and input.dtype == weight.dtype
+        and min(padding) >= 0
+        and min(*stride, *dilation) >= 1
+        and min(_output_size(input, weight, stride, padding, dilation)[2:]) > 0,
+        lambda: (
+            "pywino::sparse_conv2d: input must be (N, C, H, W) and weight (K, C, height, width) of "
+            f"one dtype, with an output, got {tuple(input.shape)} and {tuple(weight.shape)} for "
+            f"stride={stride}, padding={padding}, dilation={dilation}; pywino.sparse_conv2d says "
+            "more"
+        ),
+    )
+
+
+def dense_forward(input, weight, bias, stride, padding, dilation):
+    """PyTorch's convolution with the op's layout rule."""
+    if not backends.is_channels_last(input):
+        weight = weight.contiguous()  # PyTorch's output is channels_last if either is
+    output = torch.conv2d(input, weight, bias, stride, padding, dilation)
+    return output.contiguous(memory_format=_format(input))
+
+
+def _forward(input, weight, bias, stride, padding, dilation, backend):
+    _check(input, weight, stride, padding, dilation)
+    pattern = choose(input, weight, stride, padding, dilation, backend)
+    if pattern == "dense":
+        return dense_forward(input, weight, bias, stride, padding, dilation)
+    filter, size = pack(weight, pattern), tuple(weight.shape[2:])
+    return native_forward(input, filter, bias, len(weight), size, stride, padding, dilation)
+
+
+def _forward_fake(input, weight, bias, stride, padding, dilation, backend):
+    _check(input, weight, stride, padding, dilation)
+    return _empty(_output_size(input, weight, stride, padding, dilation), input)
+
+
+def _backward_input(grad, weight, size, stride, padding, dilation, backend):
+    """With stride 1 the same convolution, of the turned filter; else PyTorch's."""
+    grad = _dense(grad)
+    full = [d * (r - 1) - p for r, p, d in zip(weight.shape[2:], padding, dilation)]
+    if tuple(stride) == (1, 1) and min(full) >= 0 and grad.numel() and weight.shape[1]:
+        turned = weight.flip(2, 3).transpose(0, 1)
+        pattern = choose(grad, turned, stride, full, dilation, backend)
+        if pattern != "dense":
+            filter, kernel = pack(weight, pattern, rotate=True), tuple(weight.shape[2:])
+            where = (kernel, stride, full, dilation)
+            return native_forward(grad, filter, None, weight.shape[1], *where)
+    input = grad.new_empty(1).expand(size)  # only its size is read
+    gradient = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, False, (0, 0), 1, (True, False, False)
+    )[0]
+    return gradient.contiguous(memory_format=_format(grad))
+
+
+def _backward_input_fake(grad, weight, size, stride, padding, dilation, backend):
+    return _empty(tuple(size), grad)
+
+
+def _backward_weight(grad, input, kernel_size, stride, padding, dilation, backend):
+    input = _dense(input)
+    grad = grad.contiguous(memory_format=_format(input))
+    weight = grad.new_empty(1).expand(grad.shape[1], input.shape[1], *kernel_size)
+    gradient = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)
+    )[1]
+    return gradient.contiguous()
+
+
+def _backward_weight_fake(grad, input, kernel_size, stride, padding, dilation, backend):
+    return input.new_empty((grad.shape[1], input.shape[1], *kernel_size))
+
+
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation"
+define(
+    f"sparse_conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+define(
+    "sparse_conv2d_backward_input(Tensor grad, Tensor weight, SymInt[4] size, "
+    f"{_GEOMETRY}, str backend) -> Tensor",
+    _backward_input,
+    _backward_input_fake,
+)
+define(
+    "sparse_conv2d_backward_weight(Tensor grad, Tensor input, SymInt[2] kernel_size, "
+    f"{_GEOMETRY}, str backend) -> Tensor",
+    _backward_weight,
+    _backward_weight_fake,
+)
+
+
+def _save(ctx, inputs, output):
+    input, weight, _, *ctx.arguments = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _gradients(ctx, grad):
+    input, weight = ctx.saved_tensors
+    needs, where = ctx.needs_input_grad, ctx.arguments
+    dense = grad.contiguous(memory_format=_format(input)) if needs[0] or needs[1] else grad
+    return (
+        _ops.sparse_conv2d_backward_input(dense, weight, input.shape, *where) if needs[0] else None,
+        _ops.sparse_conv2d_backward_weight(dense, input, weight.shape[2:], *where)
+        if needs[1]
+        else None,
+        grad.sum((0, 2, 3)) if needs[2] else None,
+        *[None] * 4,
+    )
+
+
+def _save_backward(ctx, inputs, output):
+    first, second, _, *ctx.arguments = inputs
+    ctx.save_for_backward(first, second)
+
+
+def _backward_input_gradients(ctx, g):  # g is like the input of the convolution
+    grad, weight = ctx.saved_tensors
+    needs, where = ctx.needs_input_grad, ctx.arguments
+    return (
+        _ops.sparse_conv2d(g, weight, None, *where) if needs[0] else None,
+        _ops.sparse_conv2d_backward_weight(grad, g, weight.shape[2:], *where) if needs[1] else None,
+        *[None] * 5,
+    )
+
+
+def _backward_weight_gradients(ctx, g):  # g is like the weight
+    grad, input = ctx.saved_tensors
+    needs, where = ctx.needs_input_grad, ctx.arguments
+    return (
+        _ops.sparse_conv2d(input, g, None, *where) if needs[0] else None,
+        _ops.sparse_conv2d_backward_input(grad, g, input.shape, *where) if needs[1] else None,
+        *[None] * 5,
+    )
+
+
+differentiable("sparse_conv2d", _gradients, _save)
+differentiable("sparse_conv2d_backward_input", _backward_input_gradients, _save_backward)
+differentiable("sparse_conv2d_backward_weight", _backward_weight_gradients, _save_backward)
+for _name in ("", "_backward_input", "_backward_weight"):
+    autocast("sparse_conv2d" + _name)
+
+
+# --- the native kernels: csrc/torch/sparse_conv.cpp registers them on the CPU key ---
+
+
+def _pack_fake(weight, rotate, blocks):
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
+def _native_forward_fake(input, filter, bias, out_channels, kernel_size, stride, padding, dilation):
+    weight = input.new_empty(()).expand(out_channels, input.shape[1], *kernel_size)
+    return _empty(_output_size(input, weight, stride, padding, dilation), input)
+
+
+define("_sparse_pack(Tensor weight, bool rotate, bool blocks) -> Tensor", None, _pack_fake)
+define(
+    "_sparse_forward(Tensor input, Tensor filter, Tensor? bias, int out_channels, "
+    f"int[2] kernel_size, {_GEOMETRY}) -> Tensor",
+    None,
+    _native_forward_fake,
+)

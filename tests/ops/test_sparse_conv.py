@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Convolution with spatial weights that have zeros."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.library import opcheck
+
+import pywino
+from pywino import planner, testing
+from pywino.ops import sparse_conv
+from pywino.pruning import NM, Block, Magnitude, prune_
+from pywino.reference import sparse_conv as reference
+
+ops = torch.ops.pywino
+PATTERNS = ("unstructured", "blocks")
+# Times PyTorch's own error against float64: both sum in float32, we in partial sums of fixed
+# length, it in an order of its own (docs/sparse_conv.md).
+TIMES = 3
+
+# (n, c, h, w, k, kernel, stride, padding, dilation): channels off vectors, blocks and lists, rows
+# of one to many vectors, strides with and without a dilation that they divide.
+GEOMETRIES = [
+    (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 16, 14, 14, 32, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 35, 13, 17, 50, (3, 3), (2, 2), (1, 1), (1, 1)),
+    (1, 140, 9, 33, 20, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (1, 7, 20, 150, 18, (5, 3), (1, 2), (2, 0), (1, 1)),
+    (1, 20, 40, 40, 33, (3, 3), (1, 1), (4, 3), (4, 3)),
+    (1, 4, 31, 29, 16, (7, 7), (2, 3), (3, 2), (1, 2)),
+    (3, 24, 7, 7, 64, (1, 1), (2, 2), (0, 1), (1, 1)),
+    (1, 8, 12, 70, 8, (2, 4), (3, 1), (1, 3), (2, 3)),
+]
+
+
+def pruned(weight, pattern, sparsity=0.8):
+    k, c = weight.shape[:2]
+    if pattern == "blocks":
+        keep = (torch.rand(-(-k // 16), c) > sparsity).repeat_interleave(16, 0)[:k]
+        return weight * keep[:, :, None, None]
+    return weight * (torch.rand(weight.shape) > sparsity)
+
+
+def case(geometry, pattern="unstructured", dtype=torch.float32, channels_last=False):
+    n, c, h, w, k, kernel, *where = geometry
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn(k, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5
+    return input, pruned(weight, pattern).to(dtype), torch.randn(k).to(dtype), *where
+
+
+def kernel(input, weight, bias, stride, padding, dilation, pattern):
+    filter = sparse_conv.pack(weight, pattern)
+    return sparse_conv.native_forward(
+        input, filter, bias, len(weight), tuple(weight.shape[2:]), stride, padding, dilation
+    )
+
+
+def test_reference_by_hand():
+    input = torch.arange(9.0).reshape(1, 1, 3, 3)
+    weight = torch.tensor([[[[1.0, 0], [0, -2]]]])
+    # x[y, x] - 2 x[y + 1, x + 1]
+    expected = torch.tensor([[0 - 8, 1 - 10], [3 - 14, 4 - 16.0]]).reshape(1, 1, 2, 2)
+    assert torch.equal(reference.sparse_conv2d(input, weight), expected)
+    input[0, 0, 0, 2] = torch.nan  # under a zero of the weight alone
+    assert torch.equal(reference.sparse_conv2d(input, weight, stride=2), expected[..., :1, :1])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_reference_is_conv2d(geometry):
+    input, weight, bias, *where = (
+        t.double() if isinstance(t, torch.Tensor) else t for t in case(geometry)
+    )
+    expected = F.conv2d(input, weight, bias, *where)
+    torch.testing.assert_close(reference.sparse_conv2d(input, weight, bias, *where), expected)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", PATTERNS)
+def test_without_zeros(isa, how, dtype):
+    """Each packing holds any weight: that of the other pattern too."""
+    for geometry, pattern, channels_last in itertools.product(GEOMETRIES, PATTERNS, (False, True)):
+        input, weight, bias, *where = case(geometry, pattern, dtype, channels_last)
+        exact = reference.sparse_conv2d(input.double(), weight.double(), bias.double(), *where)
+        peer = F.conv2d(input, weight, bias, *where)
+        actual = kernel(input, weight, bias, *where, how)
+        what = f"{geometry} {pattern} {channels_last}"
+        testing.assert_close_to_reference(actual, exact, peer, TIMES, what)
+        assert actual.is_contiguous(memory_format=torch.channels_last) or not channels_last
+        actual = kernel(input, weight, None, *where, how)
+        exact = exact - bias.double()[:, None, None]
+        peer = F.conv2d(input, weight, None, *where)
+        testing.assert_close_to_reference(actual, exact, peer, TIMES, what)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
+def test_many_channels_keep_the_error(how):
+    input, weight = torch.randn(1, 2048, 9, 9).relu(), torch.randn(32, 2048, 3, 3) / 136
+    exact = F.conv2d(input.double(), weight.double(), None, 1, 1)
+    actual = kernel(input, weight, None, (1, 1), (1, 1), (1, 1), how)
+    peer = F.conv2d(input, weight, None, 1, 1)
+    testing.assert_close_to_reference(actual, exact, peer, TIMES)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads(threads, how):
+    """Parts of uneven zeros too: one vector of output channels has most of the weights."""
+    before = torch.get_num_threads()
+    try:
+        for geometry in GEOMETRIES:
+            input, weight, bias, *where = case(geometry)
+            weight[16:] *= torch.rand_like(weight[16:]) > 0.9
+            torch.set_num_threads(1)
+            expected = kernel(input, weight, bias, *where, how)
+            torch.set_num_threads(threads)
+            assert torch.equal(kernel(input, weight, bias, *where, how), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
+def test_zeros_are_not_read(how):
+    input, weight, bias, *where = case(GEOMETRIES[1])
+    weight[:, 3] = 0
+    weight[5] = 0
+    expected = kernel(input, weight, bias, *where, how)
+    assert torch.equal(expected[:, 5], bias[5].expand_as(expected[:, 5]))  # an empty filter
+    input[:, 3] = torch.nan
+    assert torch.equal(kernel(input, weight, bias, *where, how), expected)
+    weight[0, 5, 1, 1] = torch.nan
+    assert kernel(input, weight, bias, *where, how)[:, 0].isnan().any()
+    nothing = kernel(input, weight * 0, bias, *where, "unstructured")
+    assert nothing.isnan().any()  # 0 * NaN is NaN, and is kept
+    nothing = kernel(input, torch.zeros_like(weight), bias, *where, how)
+    assert torch.equal(nothing, bias[:, None, None].expand_as(nothing))
+
+
+@pytest.mark.native
+def test_a_filter_of_something_else_is_refused():
+    input, weight, bias, *where = case(GEOMETRIES[1])
+    filter = sparse_conv.pack(weight, "blocks")
+    for wrong in (filter[:-1], filter[:8], filter + 1, sparse_conv.pack(weight[1:], "blocks")):
+        with pytest.raises(RuntimeError, match="packed for another weight"):
+            sparse_conv.native_forward(input, wrong, bias, 32, (3, 3), *where)
+
+
+# --- the op ---
+
+
+def conv(input, weight, bias=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), backend="auto"):
+    return ops.sparse_conv2d(input, weight, bias, stride, padding, dilation, backend)
+
+
+def test_gradcheck_twice():
+    for geometry in ((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)):
+        size, *where = geometry
+        leaves = [
+            torch.randn(size, dtype=torch.double, requires_grad=True)
+            for size in ((1, 2, 5, 6), (3, 2, *size), (3,))
+        ]
+        function = lambda x, w, b: conv(x, w, b, *where)  # noqa: E731, B023
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients(isa, pattern, channels_last):
+    for geometry in GEOMETRIES:
+        leaves = case(geometry, pattern, channels_last=channels_last)
+        leaves, where = leaves[:3], leaves[3:]
+
+        def results(function, leaves):
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            output = function(*leaves)
+            torch.manual_seed(1)
+            grad = torch.randn(output.shape).to(output.dtype)
+            return output, *torch.autograd.grad(output, leaves, grad)
+
+        ours = results(lambda x, w, b: conv(x, w, b, *where, "cpu"), leaves)  # noqa: B023
+        peers = results(lambda x, w, b: F.conv2d(x, w, b, *where), leaves)  # noqa: B023
+        exact = results(lambda x, w, b: F.conv2d(x, w, b, *where), [t.double() for t in leaves])  # noqa: B023
+        for name, a, e, p in zip(("output", "input", "weight", "bias"), ours, exact, peers):
+            testing.assert_close_to_reference(a, e, p, TIMES, f"{name} {geometry}")
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    input = torch.randn(1, 3, 6, 7, requires_grad=requires_grad)
+    last = torch.randn(1, 3, 6, 7).contiguous(memory_format=torch.channels_last)
+    weight = pruned(torch.randn(4, 3, 3, 3), "unstructured").requires_grad_(requires_grad)
+    bias = torch.randn(4, requires_grad=requires_grad)
+    for stride, backend in (((1, 1), "auto"), ((2, 1), "auto")):
+        where = (stride, (1, 1), (1, 1), backend)
+        grad = torch.randn_like(conv(input, weight, None, *where))
+        opcheck(ops.sparse_conv2d, (input, weight, bias, *where))
+        opcheck(ops.sparse_conv2d, (last, weight, None, *where))
+        opcheck(ops.sparse_conv2d_backward_input, (grad, weight, input.shape, *where))
+        opcheck(ops.sparse_conv2d_backward_weight, (grad, input, (3, 3), *where))
+
+
+@pytest.mark.native
+def test_opcheck_of_the_native_kernels():
+    weight = torch.randn(4, 3, 3, 3)
+    opcheck(ops._sparse_pack, (weight, False, True), test_utils="test_schema")
+    filter = ops._sparse_pack(weight, False, True)
+    opcheck(
+        ops._sparse_forward,
+        (torch.randn(1, 3, 6, 7), filter, None, 4, (3, 3), (2, 2), (1, 1), (1, 1)),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_compile():
+    input = torch.randn(1, 8, 9, 9, requires_grad=True)
+    weight = pruned(torch.randn(8, 8, 3, 3), "unstructured").requires_grad_()
+    function = lambda x, w: pywino.sparse_conv2d(x, w, padding=1, stride=2)  # noqa: E731
+    results = []
+    for run in (torch.compile(function, fullgraph=True), function):
+        output = run(input, weight)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (input, weight))))
+    torch.testing.assert_close(*results)
+
+
+def test_autocast():
+    input, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = pywino.sparse_conv2d(input, weight, torch.zeros(4), padding=1)
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+# --- what runs ---
+
+
+@pytest.mark.native
+def test_the_rule(monkeypatch):
+    input, where = torch.randn(1, 64, 28, 28), ((1, 1), (1, 1), (1, 1))
+    weight = torch.randn(64, 64, 3, 3)
+    for wanted, w in (
+        ("dense", weight),
+        ("dense", pruned(weight, "unstructured", 0.3)),
+        ("unstructured", pruned(weight, "unstructured", 0.95)),
+        ("blocks", pruned(weight, "blocks", 0.9)),
+    ):
+        assert sparse_conv.choose(input, w, *where, "auto") == wanted
+    assert sparse_conv.choose(input, pruned(weight, "blocks", 0.9), *where, "aten") == "dense"
+    assert sparse_conv.choose(input, weight, *where, "cpu") != "dense"
+    sparse = pruned(weight, "blocks", 0.9)
+    assert sparse_conv.choose(input.double(), sparse.double(), *where, "auto") == "dense"
+    monkeypatch.setenv("PYWINO_PLAN", "off")
+    planner.reset()
+    assert sparse_conv.choose(input, sparse, *where, "auto") == "dense"
+
+
+@pytest.mark.native
+def test_the_choice_is_measured_once(monkeypatch):
+    monkeypatch.setenv("PYWINO_PLAN", "measure")
+    planner.reset()
+    measured = []
+    answers = iter((True, False, True))
+    monkeypatch.setattr(
+        sparse_conv, "_beats_dense", lambda *a: measured.append(a[-1]) or next(answers)
+    )
+    input, where = torch.randn(1, 32, 20, 20), ((1, 1), (1, 1), (1, 1))
+    sparse = pruned(torch.randn(32, 32, 3, 3), "unstructured", 0.9)
+    for _ in range(3):
+        assert sparse_conv.choose(input, sparse, *where, "auto") == "unstructured"
+    assert measured == ["unstructured"]
+    sparser = sparse * (torch.rand_like(sparse) > 0.7)  # another density, another choice
+    assert sparse_conv.choose(input, sparser, *where, "auto") == "dense"
+    planner.reset()
+    assert sparse_conv.choose(input, sparser, *where, "auto") == "unstructured"
+
+
+@pytest.mark.native
+def test_measuring_takes_the_quicker():
+    input, where = torch.randn(1, 128, 28, 28), ((1, 1), (1, 1), (1, 1))
+    weight = torch.randn(128, 128, 3, 3)
+    assert sparse_conv._beats_dense(input, pruned(weight, "blocks", 0.99), *where, "blocks")
+    assert not sparse_conv._beats_dense(input, weight, *where, "unstructured")
+
+
+# --- the function ---
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", pytest.param("cpu", marks=pytest.mark.native)])
+@pytest.mark.parametrize("size", [(3, 3), (2, 4), (1, 1)])
+def test_padding_same(size, backend):
+    input, weight = torch.randn(2, 4, 9, 10), pruned(torch.randn(6, 4, *size), "unstructured")
+    for dilation in (1, 2):
+        for padding in ("same", "valid"):
+            if padding == "valid" or min(size) > 0:
+                actual = pywino.sparse_conv2d(
+                    input, weight, padding=padding, dilation=dilation, backend=backend
+                )
+                expected = F.conv2d(input, weight, padding=padding, dilation=dilation)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_callers_reach_pytorch():
+    input, weight = torch.randn(2, 4, 9, 10), pruned(torch.randn(6, 4, 3, 3), "unstructured")
+    expected = F.conv2d(input, weight)
+    torch.testing.assert_close(pywino.sparse_conv2d(input[0], weight), expected[0])
+    batched = torch.vmap(lambda x: pywino.sparse_conv2d(x, weight))(input)
+    torch.testing.assert_close(batched, expected)
+    _, tangent = torch.func.jvp(lambda x: pywino.sparse_conv2d(x, weight), (input,), (input,))
+    torch.testing.assert_close(tangent, expected)
+    assert pywino.sparse_conv2d(torch.randn(0, 4, 9, 10), weight).shape == (0, 6, 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"backend": "gpu"}, "backend must be one of"),
+        ({"backend": "triton"}, "it has no kernel for sparse_conv2d"),
+        ({"padding": -1}, "padding must be >= 0"),
+        ({"stride": 0}, "stride must be >= 1"),
+        ({"padding": "same", "stride": 2}, "stride must be 1 with padding='same'"),
+        ({"dilation": 9}, "padded height"),
+        ({"weight": torch.randn(6, 3, 3, 3)}, "input must be of 3 channels"),
+        ({"weight": torch.randn(6, 4, 3)}, "weight must be"),
+        ({"bias": torch.randn(5)}, r"bias must be \(6,\)"),
+        ({"weight": torch.randn(6, 4, 3, 3).double()}, "input's dtype"),
+    ],
+)
+def test_refusals(arguments, match):
+    weight = arguments.pop("weight", torch.randn(6, 4, 3, 3))
+    with pytest.raises(RuntimeError, match=rf"pywino\.sparse_conv2d: .*{match}"):
+        pywino.sparse_conv2d(torch.randn(1, 4, 8, 8), weight, **arguments)
+
+
+# --- the layer ---
+
+
+def layers(**options):
+    dense = nn.Conv2d(16, 32, 3, padding=1, **options).eval()
+    return dense, pywino.SparseConv2d.from_dense(prune_(dense, Magnitude(0.9)))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_layer_is_conv2d(padding_mode):
+    dense, sparse = layers(stride=2, padding_mode=padding_mode)
+    sparse.backend = "cpu"
+    input = torch.randn(2, 16, 13, 14)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            torch.testing.assert_close(sparse(input), dense(input), rtol=1e-4, atol=1e-5)
+    assert sparse.weight is dense.weight
+    assert list(sparse.state_dict()) == list(dense.state_dict())
+    assert type(sparse.to_dense()) is nn.Conv2d
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(sparse)))
+    torch.testing.assert_close(twin(input), dense(input), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.native
+def test_the_filter_is_packed_once_a_version(monkeypatch):
+    dense, sparse = layers()
+    sparse.backend = "cpu"
+    made = []
+    pack = sparse_conv.pack
+    monkeypatch.setattr(sparse_conv, "pack", lambda *a, **k: made.append(1) or pack(*a, **k))
+    input = torch.randn(1, 16, 9, 9)
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    with torch.no_grad():
+        sparse(input), sparse(input)
+    assert len(made) == 1
+    sparse(input).square().sum().backward()
+    made.clear()
+    optimizer.step()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(sparse(input), dense(input), rtol=1e-4, atol=1e-4)
+    assert len(made) == 1
+
+
+def test_from_dense_checks_the_pattern():
+    conv = nn.Conv2d(32, 32, 3)
+    for spec in (NM(2, 4), Block(0.5)):
+        with pytest.raises(RuntimeError, match=r"got filter \d+ without it"):
+            pywino.SparseConv2d.from_dense(conv, spec)
+    prune_(conv, NM(2, 4))
+    pywino.SparseConv2d.from_dense(conv, NM(2, 4))
+    with pytest.raises(RuntimeError, match="groups must be 1, got 4"):
+        pywino.SparseConv2d(16, 16, 3, groups=4)
+
+
+def test_swap():
+    def model():
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3, groups=2)
+        )
+
+    net = prune_(model(), Magnitude(0.9), filter_fn=lambda module, name: name != "0")
+    input = torch.randn(1, 3, 12, 12)
+    expected = net(input)
+    pywino.swap_(net, pywino.Sparse())
+    assert [type(m).__name__ for m in net] == ["Conv2d", "SparseConv2d", "Conv2d"]
+    torch.testing.assert_close(net(input), expected, rtol=1e-4, atol=1e-5)
+    reasons = [row.reason for row in pywino.swap.last_report(net)]
+    assert "0% of its weights are zero, fewer than 50%" in reasons[0]
+    assert "2 groups" in reasons[2]
+    pywino.restore_(net)
+    assert type(net[1]) is nn.Conv2d
+    pywino.swap_(net)  # every kernel that keeps the function
+    assert [type(m).__name__ for m in net] == ["WinogradConv2d", "SparseConv2d", "Conv2d"]
+    with pytest.raises(RuntimeError, match=r"1: its filter \d+ lacks the pattern of NM"):
+        pywino.swap_(prune_(model(), Magnitude(0.6)), pywino.Sparse(NM(1, 4)), strict=True)
