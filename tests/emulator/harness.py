@@ -169,9 +169,9 @@ class Kernel:
 
     `source` is relative to the repository's root. mode "fast" computes, with NaN in memory that was
     not written and guard pages around each buffer; mode "check" looks at every access. The process
-    is started at the first call, and again after a crash. A launch that takes longer than `seconds`
-    is a finding. `text` takes the place of what the file has; `changed` maps files, headers of csrc
-    among them, to such texts.
+    is started at the first call, and again after a crash. A launch that takes more than `seconds`
+    of processor time is a finding. `text` takes the place of what the file has; `changed` maps
+    files, headers of csrc among them, to such texts.
     """
 
     def __init__(self, source, mode="fast", *, defines=(), text=None, changed=None, seconds=60):
@@ -210,7 +210,7 @@ class Kernel:
         encoded = [encode(a, f"argument {i}") for i, a in enumerate(arguments)]
         check = self.mode == "check"
         request = (launcher, encoded, check, schedule, seed, self.seconds)
-        status, arrays, text, overrun = self.ask(request, 2 * self.seconds + 10)
+        status, arrays, text, overrun = self.ask(request, 10 * self.seconds + 60)
         findings = list(decode_findings(text, self.library))
         findings += [
             Finding("OUT-OF-BOUNDS", launcher, "some thread", f"write behind the end of {name}")

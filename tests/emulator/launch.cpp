@@ -160,6 +160,7 @@ int launch(const char* name, const void* function, dim3 grid, dim3 size, size_t 
   const long findings_before = findings();
   current = nullptr;
   abandoned = false;
+  OnBehalfOf::instruction = nullptr;  // a launch that was given up has left it
   block = Block{name, grid, size, {}, static_cast<int>(size.x * size.y * size.z), 0, 0};
   block.warps = (block.threads + kLanes - 1) / kLanes;
   if (!valid(name, function, grid, size, shared_bytes)) return 1;

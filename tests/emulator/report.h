@@ -24,7 +24,7 @@ class OnBehalfOf {
 
 // Turns a memory fault and a kernel that does not end into findings, from here to the end of the process.
 void install_signal_handlers();
-// How long a launch may take. 0: for ever.
+// How much processor time a launch may take. 0: as much as it likes.
 void set_time_limit(int seconds);
 void start_timer();
 void stop_timer();

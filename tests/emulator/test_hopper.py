@@ -6,7 +6,7 @@ import ctypes
 import numpy as np
 import pytest
 from emulator.build import HERE
-from emulator.harness import EmulatorError, In, InOut, Out, Struct
+from emulator.harness import EmulatorError, In, InOut, Kernel, Out, Struct
 from emulator.layouts import INDEX, LAYOUTS, TYPES, close, pack, positions, unpack
 
 SOURCE = HERE / "kernels" / "hopper.cu"
@@ -84,6 +84,23 @@ def test_tma_store(call, rng, extent, pitch, size, at):
     from_box = data[tuple(np.clip(i - a, 0, n - 1) for i, a, n in zip(index, at, size))]
     assert written.any()
     assert (memory == np.where(written, from_box, before)).all()
+
+
+def test_a_tile_is_nan_until_it_has_landed(rng):
+    """In fast mode, also where older data lies: here zeros. Reading first, waiting after."""
+    right = "  ptx::mbarrier_wait(barrier, 0);\n"
+    copy = "  for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) out[i] = tile[i];\n"
+    zeros = copy.replace("out[i] = tile[i]", "tile[i] = 0")
+    begin = "  const uint32_t barrier = ptx::shared_address(&full);\n"
+    text = SOURCE.read_text()
+    assert right + copy in text
+    text = text.replace(right + copy, copy + right).replace(begin, begin + zeros, 1)
+    tensor = rng.standard_normal((4, 8)).astype(np.float16)
+    out = np.zeros_like(tensor)
+    with Kernel(SOURCE, text=text) as kernel:
+        whole = box(In(tensor), tensor.shape, tensor.shape, (0, 0))
+        kernel.call("tma_load_launch", whole, Out(out.view(np.uint32)), None)
+    assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize("swizzle", [32, 64, 128])
