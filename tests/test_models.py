@@ -153,6 +153,22 @@ def test_sapnet_keeps_channels_last():
         assert _formats_of_inputs(model) == [True] * 2 * called
 
 
+def test_sapnet_works_in_channels_last_and_answers_in_the_inputs_format():
+    model, y = sapnet(stages=2).eval(), torch.rand(2, 3, 20, 30)
+    seen = []
+    model.res_conv3[0].register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    with torch.no_grad():
+        planes = model(y, return_stages=True)
+        lines = model(y.contiguous(memory_format=torch.channels_last), return_stages=True)
+    assert seen == [True] * 4
+    for a, b in zip(planes, lines, strict=True):
+        assert a.is_contiguous()
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a, b)
+
+
 def _formats_of_inputs(model):
     seen = []
     for module in model.modules():
