@@ -230,6 +230,20 @@ def test_sapnet_gradients_are_those_of_torchs_layers():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_sapnet_of_every_dtype_size_and_transform():
+    torch.manual_seed(0)
+    model, y = sapnet(stages=2).eval(), torch.rand(2, 3, 24, 20)
+    with torch.no_grad():
+        expected = model(y)
+        torch.testing.assert_close(torch.vmap(lambda t: model(t[None])[0])(y), expected)
+        assert model(y[:0]).shape == (0, 3, 24, 20)
+        assert model(y[..., :1, :1]).shape == (2, 3, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(y).float(), expected, rtol=0, atol=0.02)
+        half = pickle.loads(pickle.dumps(model)).to(torch.bfloat16)
+        torch.testing.assert_close(half(y.bfloat16()).float(), expected, rtol=0, atol=0.02)
+
+
 def test_sapnet_compiles_whole_and_pickles():
     torch.manual_seed(0)
     model, y = sapnet(stages=2).eval(), torch.rand(1, 3, 20, 24)

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 
 from pywino import backends
@@ -138,7 +139,7 @@ class SAPNet(nn.Module):
     def forward(self, input: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
         fused = isinstance(self.conv0[0], WinogradConv2d)
         last = backends.is_channels_last(input)
-        if fused:
+        if fused and not is_batchedtensor(input):  # vmap knows one memory format
             # Dilated convolutions read whole lines there; three channels are quickly turned.
             input = input.contiguous(memory_format=torch.channels_last)
         recurrence = self._fused_recurrence(input) if fused else self._recurrence(input)
