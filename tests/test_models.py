@@ -153,6 +153,22 @@ def test_sapnet_keeps_channels_last():
         assert _formats_of_inputs(model) == [True] * 2 * called
 
 
+def test_sapnet_works_in_channels_last_and_answers_in_the_inputs_format():
+    model, y = sapnet(stages=2).eval(), torch.rand(2, 3, 20, 30)
+    seen = []
+    model.res_conv3[0].register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    with torch.no_grad():
+        planes = model(y, return_stages=True)
+        lines = model(y.contiguous(memory_format=torch.channels_last), return_stages=True)
+    assert seen == [True] * 4
+    for a, b in zip(planes, lines, strict=True):
+        assert a.is_contiguous()
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a, b)
+
+
 def _formats_of_inputs(model):
     seen = []
     for module in model.modules():
@@ -212,6 +228,20 @@ def test_sapnet_gradients_are_those_of_torchs_layers():
     pywino.restore_(model, strict=True)
     for a, b in zip(ours, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_sapnet_of_every_dtype_size_and_transform():
+    torch.manual_seed(0)
+    model, y = sapnet(stages=2).eval(), torch.rand(2, 3, 24, 20)
+    with torch.no_grad():
+        expected = model(y)
+        torch.testing.assert_close(torch.vmap(lambda t: model(t[None])[0])(y), expected)
+        assert model(y[:0]).shape == (0, 3, 24, 20)
+        assert model(y[..., :1, :1]).shape == (2, 3, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(y).float(), expected, rtol=0, atol=0.02)
+        half = pickle.loads(pickle.dumps(model)).to(torch.bfloat16)
+        torch.testing.assert_close(half(y.bfloat16()).float(), expected, rtol=0, atol=0.02)
 
 
 def test_sapnet_compiles_whole_and_pickles():

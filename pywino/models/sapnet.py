@@ -26,8 +26,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 
+from pywino import backends
 from pywino.functional.conv_lstm import conv_lstm_cell
 from pywino.functional.winograd import run_conv2d
 from pywino.models.weights import load_weights
@@ -136,6 +138,10 @@ class SAPNet(nn.Module):
 
     def forward(self, input: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
         fused = isinstance(self.conv0[0], WinogradConv2d)
+        last = backends.is_channels_last(input)
+        if fused and not is_batchedtensor(input):  # vmap knows one memory format
+            # Dilated convolutions read whole lines there; three channels are quickly turned.
+            input = input.contiguous(memory_format=torch.channels_last)
         recurrence = self._fused_recurrence(input) if fused else self._recurrence(input)
         x, state, estimates = input, None, []
         for _ in range(self.stages):
@@ -147,7 +153,9 @@ class SAPNet(nn.Module):
                 s = block(s)
             x = self.conv[0](s, input) if fused else self.conv(s) + input
             estimates.append(x)
-        return estimates if return_stages else x
+        if fused and not last:
+            estimates = [x.contiguous() for x in estimates]
+        return estimates if return_stages else estimates[-1]
 
     def _recurrence(self, input: Tensor):
         """A function (x, (h, c) or None) -> (h, c): conv0 and the LSTM as the paper has them."""
