@@ -640,14 +640,14 @@ class Product(NamedTuple):
     stages: int
 
 
-# By domain and block of k; three stages of 128 x 128 take 96 KB of shared memory, which every
+# By domain and block of k; three stages of 128 x 128 x 64 take 96 KB of shared memory, which every
 # architecture from sm_80 on has.
 PRODUCTS = {
     ("f16", 128): Product(128, 128, 64, 8, 3),
     ("f16", 64): Product(128, 64, 64, 4, 3),
     ("f16", 32): Product(128, 32, 64, 4, 3),
-    ("f32", 128): Product(128, 128, 32, 8, 3),
-    ("f32", 64): Product(128, 64, 32, 4, 3),
+    ("f32", 128): Product(128, 128, 16, 8, 3),  # 32 channels at a time spill on sm_80
+    ("f32", 64): Product(128, 64, 16, 4, 3),
     ("f32", 32): Product(128, 32, 32, 4, 3),
 }
 SUMMED_PRODUCTS = {
@@ -661,7 +661,7 @@ SUMMED_PRODUCTS = {
 FEW_TILES = 64  # then blocks of 64 x 64, so that more processors have one
 SUMMED_BLOCKS = 512  # programs that sum over tiles, where the channels alone are fewer blocks
 ROWS = 128  # tiles of a workspace are padded to a multiple of this
-FILTER_BLOCK = (8, 32)  # (k, c) of a block of a filter
+FILTER_BLOCK = {2: (8, 32), 4: (8, 32), 6: (4, 32)}  # (k, c) of a block of a filter
 PRECISION = {"f16": None, "f32": "tf32x3"}
 # Values of each of the a^2 positions that a transform's block holds in registers.
 ELEMENTS = {2: 512, 4: 256, 6: 128}
@@ -927,15 +927,15 @@ def transform_filter(
     with _on_device_of(weight):
         _launch(
             _transform_filter,
-            (k_padded // FILTER_BLOCK[0],),
+            (k_padded // FILTER_BLOCK[tile][0],),
             *(weight, u, scale, k, c, *(weight.stride(i) for i in (*order, 2, 3))),
             *(k_padded, c_padded),
             X=G if spatial else I,
             TILE=tile,
             ROTATE=rotate and spatial,
             SCALED=domain == "f16",
-            BLOCK_K=FILTER_BLOCK[0],
-            BLOCK_C=FILTER_BLOCK[1],
+            BLOCK_K=FILTER_BLOCK[tile][0],
+            BLOCK_C=FILTER_BLOCK[tile][1],
         )
     return u, scale
 
@@ -1065,13 +1065,13 @@ def weight_gradient(
             _multiply_summed(d, v, s, domain, accumulate=chunk != chunks[0])
         _launch(
             _from_filter_domain,
-            (k_padded // FILTER_BLOCK[0], -(-c // FILTER_BLOCK[1])),
+            (k_padded // FILTER_BLOCK[tile][0], -(-c // FILTER_BLOCK[tile][1])),
             *(s, k_peaks, c_peaks, gradient, k, c, k_padded, c_padded, splits),
             X=I if winograd_relu else GT,
             TILE=tile,
             SCALED=scaled,
-            BLOCK_K=FILTER_BLOCK[0],
-            BLOCK_C=FILTER_BLOCK[1],
+            BLOCK_K=FILTER_BLOCK[tile][0],
+            BLOCK_C=FILTER_BLOCK[tile][1],
         )
     return gradient
 
