@@ -110,6 +110,18 @@ def test_any_number_of_threads(threads, how):
 
 @pytest.mark.native
 @pytest.mark.parametrize("how", PATTERNS)
+@pytest.mark.parametrize("tile", TILES)
+def test_more_channels_than_a_partial_sum(tile, how):
+    """Nothing is pruned: the longest lists that there are, and the dense kernels' limits."""
+    input = torch.randn(1, 515, 12, 12).relu()
+    weight = winograd_transform_filter(torch.randn(40, 515, 3, 3) / (9 * 515) ** 0.5, tile)
+    arguments = (input, weight, torch.randn(40), (1, 1), (1, 1), tile)
+    exact = exactly(reference.winograd_domain_conv2d, *arguments)
+    assert relative_l2(kernel(*arguments, how), exact) < LIMITS[tile]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
 def test_zeros_are_not_read(how):
     """Where no weight is kept, not even NaN in the input reaches the output."""
     input, weight, bias, *where = case(GEOMETRIES[1], 4)
