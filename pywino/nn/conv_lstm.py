@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pywino.functional.conv_lstm import run_conv_lstm_cell
-from pywino.nn.winograd import FilterCache, _Cached
+from pywino.nn.winograd import Cached, FilterCache
 from pywino.reference import conv_lstm as reference
 
 
@@ -48,7 +48,7 @@ class TorchConvLSTMCell(nn.Module):
         return text + f", bias={self.bias is not None}"
 
 
-class ConvLSTMCell(_Cached, TorchConvLSTMCell):
+class ConvLSTMCell(Cached, TorchConvLSTMCell):
     """One step of a convolutional LSTM (Shi et al., NIPS 2015, without peepholes), its four gates
     by one convolution and everything else in one pass.
 

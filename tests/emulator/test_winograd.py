@@ -625,6 +625,7 @@ MUTATE = [
             for shape in PRODUCTS
             for domain in DOMAINS
         ],
+        headers=[CSRC / "core" / "common" / "gemm.cuh"],
     ),
     Recipe(
         CORE / "cuda_direct.cu",
