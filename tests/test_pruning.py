@@ -93,6 +93,14 @@ def test_a_spatial_block_is_whole_filters():
     assert torch.equal(pruned, expected)
 
 
+def test_a_small_block_at_the_end_is_judged_by_its_mean():
+    conv = nn.Conv2d(1, 20, 1, bias=False)
+    with torch.no_grad():
+        conv.weight[:16], conv.weight[16:] = 1, 1.5  # the smaller sum, the larger mean
+    prune_(conv, Block(0.5))
+    assert conv.weight.flatten().tolist() == [0] * 16 + [1.5] * 4
+
+
 def test_a_winograd_block_is_one_position():
     layer = pywino.WinogradReLUConv2d(4, 32, tile=2)
     with torch.no_grad():

@@ -286,11 +286,13 @@ def test_the_choice_is_measured_once(monkeypatch):
 
 
 @pytest.mark.native
-def test_measuring_takes_the_quicker():
+def test_measuring_takes_the_quicker(monkeypatch):
     input, where = torch.randn(1, 128, 28, 28), ((1, 1), (1, 1), (1, 1))
     weight = torch.randn(128, 128, 3, 3)
     assert sparse_conv._beats_dense(input, pruned(weight, "blocks", 0.99), *where, "blocks")
     assert not sparse_conv._beats_dense(input, weight, *where, "unstructured")
+    monkeypatch.setattr(sparse_conv, "_PYTHON", 10)  # what is saved must pay for the Python
+    assert not sparse_conv._beats_dense(input, pruned(weight, "blocks", 0.99), *where, "blocks")
 
 
 # --- the function ---
