@@ -155,12 +155,11 @@ def _winograd_cuda(call, algorithm):
 def _winograd_triton(call, algorithm):
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    kernels = importlib.import_module("pywino.kernels.winograd")
-    reason = kernels.why_not()
-    if reason is not None:
-        return reason
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    reason = importlib.import_module("pywino.kernels.winograd").why_not()
+    if reason is not None:
+        return reason
     if algorithm not in ("auto", *TILES):
         return f"it has f2, f4 and f6, not {algorithm}"
     return _winograd(call)

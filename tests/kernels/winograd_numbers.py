@@ -102,14 +102,14 @@ def tensor(*shape, dtype=torch.float32, channels_last=False):
 
 def patches(x, padding, dilation, tile):
     """All a x a patches: n, c, (tile row, phase), (tile column, phase), (i, j)."""
-    (rows, below), (columns, right) = reference._grid(x, padding, dilation, tile)
+    (rows, below), (columns, right) = reference._grid(x.shape, padding, dilation, tile)
     x = F.pad(x, (padding[1], right, padding[0], below))
     x = x.reshape(*x.shape[:2], rows, dilation[0], columns, dilation[1])
     return x.unfold(2, tile + 2, tile).unfold(4, tile + 2, tile)
 
 
 def gradient_tiles(grad, input, padding, dilation, tile):
-    (rows, _), (columns, _) = reference._grid(input, padding, dilation, tile)
+    (rows, _), (columns, _) = reference._grid(input.shape, padding, dilation, tile)
     size = ((rows - 2) * dilation[0], (columns - 2) * dilation[1])
     y = F.pad(grad, (0, size[1] - grad.shape[3], 0, size[0] - grad.shape[2]))
     shape = (-1, tile, dilation[0], (columns - 2) // tile, tile, dilation[1])

@@ -14,6 +14,7 @@ import pywino
 from pywino import planner
 from pywino.nn import winograd as layers
 from pywino.nn.winograd import FilterCache, WinogradConv2d, WinogradReLUConv2d
+from pywino.ops import _kernels as kernels
 from pywino.reference import winograd as reference
 
 ALGORITHM = "f4"  # of the tests of the cache, so that there is a filter to be kept
@@ -632,8 +633,8 @@ def test_built_in_the_winograd_domain(input):
 @pytest.mark.native
 def test_a_pruned_filter_is_packed_once_a_version(domain_layer, input, monkeypatch):
     made = []
-    pack = layers.pack
-    monkeypatch.setattr(layers, "pack", lambda *a: made.append(pack(*a)) or made[-1])
+    pack = kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda *a: made.append(pack(*a)) or made[-1])
     with torch.no_grad():
         domain_layer(input), domain_layer(input)
         assert [filter.dtype for filter in made] == [torch.float32]

@@ -72,7 +72,7 @@ struct Patch {
 // The f16 domain needs the tile's largest input before the first V is written, so it sweeps twice; the second time the
 // patch (A A C numbers) comes from the L1 cache.
 template <int M, int V, class In, class Out>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, M == 6 ? 1 : 2)
     input_transform(InputTransform p, int warps_per_tile) {
   constexpr int A = Transform<M>::A;
   constexpr bool kScaled = std::is_same_v<Out, __half>;
