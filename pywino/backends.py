@@ -121,11 +121,18 @@ def uses_fast_products(precision, tile):
     return native.loaded and native.host.isa() == "avx512bf16"
 
 
-def _winograd_cpu(call, algorithm):
+def _no_cpu_library(call):
     if call.device != "cpu":
         return f"the tensors are on {call.device}"
     if not native.loaded:
         return f"the native library is not loaded: {native.reason}"
+    return None
+
+
+def _winograd_cpu(call, algorithm):
+    reason = _no_cpu_library(call)
+    if reason is not None:
+        return reason
     if algorithm not in ("auto", *TILES):
         return f"it has f2, f4 and f6, not {algorithm}"
     return _winograd(call)
@@ -186,10 +193,9 @@ def _winograd(call):
 
 
 def _elementwise_cpu(call, algorithm):
-    if call.device != "cpu":
-        return f"the tensors are on {call.device}"
-    if not native.loaded:
-        return f"the native library is not loaded: {native.reason}"
+    reason = _no_cpu_library(call)
+    if reason is not None:
+        return reason
     if algorithm != "auto":
         return f"it has one algorithm, not {algorithm}"
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -201,10 +207,9 @@ def _elementwise_cpu(call, algorithm):
 
 
 def _sparse_conv_cpu(call, algorithm):
-    if call.device != "cpu":
-        return f"the tensors are on {call.device}"
-    if not native.loaded:
-        return f"the native library is not loaded: {native.reason}"
+    reason = _no_cpu_library(call)
+    if reason is not None:
+        return reason
     if algorithm not in ("auto", "direct"):
         return f"it is direct, not {algorithm}"
     if call.groups != 1:

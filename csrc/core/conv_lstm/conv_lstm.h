@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/copies.h"
 #include "../common/dtype.h"
 #include "../common/executor.h"
 #include "../common/isa.h"
@@ -43,9 +44,6 @@ struct Kernels {
   Status (*forward)(const ForwardParams&, const Executor&);
   Status (*backward)(const BackwardParams&, const Executor&);
 };
-#define PYWINO_JOIN_(a, b) a##b
-#define PYWINO_JOIN(a, b) PYWINO_JOIN_(a, b)
-#define PYWINO_ISA_NAME(name) PYWINO_JOIN(name, PYWINO_ISA)
 
 PYWINO_API Status forward(const ForwardParams&, const Executor&);
 PYWINO_API Status backward(const BackwardParams&, const Executor&);
