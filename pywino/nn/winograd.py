@@ -2,7 +2,6 @@
 """Layers that keep their transformed filters between calls."""
 
 import itertools
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,8 @@ class FilterCache:
     `invalidate_` is for them."""
 
     def __init__(self):
-        # (name, instruction set) -> (weakref to the Parameter, stamp, filter).
+        # (name, instruction set) -> (Parameter, stamp, filter). No weak reference: swap_tensors
+        # refuses a tensor that has one.
         self.filters = {}
         self.constant = {}  # the same for a frozen layer -> filter
         self.token = None  # a frozen layer's name in `ops.frozen`
@@ -49,14 +49,14 @@ class FilterCache:
         key = name, _instruction_set()
         stamp = weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps
         kept = self.filters.get(key)
-        if kept is not None and kept[0]() is weight and kept[1] == stamp:
+        if kept is not None and kept[0] is weight and kept[1] == stamp:
             return kept[2]
         if kept is not None:
             self.filters.clear()  # those of other names are as old
         filter = make(weight)
         if not weight.is_shared():  # another process may write it
             _watch_optimizers()
-            self.filters[key] = weakref.ref(weight), stamp, filter
+            self.filters[key] = weight, stamp, filter
         return filter
 
     def frozen_filter(self, weight, kernel):

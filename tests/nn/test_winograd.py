@@ -97,6 +97,10 @@ def set_in_place(layer):
         layer.weight.set_(torch.randn(24, 16, 3, 3))
 
 
+def swapped(layer):
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(24, 16, 3, 3)))
+
+
 def through_numpy_and_invalidate(layer):
     layer.weight.detach().numpy()[:] += 1
     pywino.invalidate_(nn.Sequential(layer))
@@ -137,6 +141,7 @@ CHANGES = {
         load_state_dict,
         load_state_dict_by_assignment,
         set_in_place,
+        swapped,
         through_numpy_and_invalidate,
         applied,
         moved,
@@ -166,7 +171,9 @@ def test_a_changed_weight_is_used(layer, input, change, mode):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_winograd_relu_weight_is_used(input, change):
     layer = WinogradReLUConv2d(16, 24, tile=4).eval()
-    if change.startswith(("load_state_dict", "another", "frozen", "data_assigned", "set")):
+    if change.startswith(
+        ("load_state_dict", "another", "frozen", "data_assigned", "set", "swapped")
+    ):
         # these make 3 x 3 weights: the same with this layer's shape
         def renew(layer):
             layer.load_state_dict(
@@ -302,7 +309,7 @@ def test_checkpoints_load_both_ways(conv, layer, input):
 
 
 def test_conversions_that_swap_tensors(layer, input):
-    """They refuse a tensor that has weak references, as a kept filter has one."""
+    """They refuse a tensor that has weak references."""
     check(layer, input)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
