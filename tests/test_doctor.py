@@ -65,6 +65,7 @@ def test_help_needs_no_torch():
     assert "demo" in run("-c", script)
 
 
+@pytest.mark.native
 def test_works_without_torch():
     script = (
         "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['pywino'];"

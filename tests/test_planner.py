@@ -128,24 +128,24 @@ def test_large_calls_are_measured_on_a_part(monkeypatch):
     )
     for huge in (
         CALL._replace(n=512, c=256, k=256, h=56, w=56),
-        CALL._replace(n=1, c=512, k=512, h=2000, w=1000, dilation=(4, 4), padding=(4, 4)),
+        CALL._replace(n=1, c=512, k=512, h=2000, w=1000, dilation=(2, 2), padding=(2, 2)),
     ):
         times = planner._timed(huge)
         part = measured[-1]
         work = planner.operation_count(part, 0)
         assert work <= 2 * planner.WORK * torch.get_num_threads()
-        assert all(a == b or a % 48 == 0 for a, b in zip(part[3:5], huge[3:5]))
+        assert all(a == b or a % 24 == 0 for a, b in zip(part[3:5], huge[3:5]))
         factor = planner.operation_count(huge, 0) / work
         assert times["aten"] > 0.9e-3 * factor
     assert planner._part(CALL) == CALL
 
 
 def test_times_belong_to_the_signature_not_to_the_values_and_leave_no_trace(file):
-    before = torch.get_rng_state()
     input, weight = torch.full((1, 32, 20, 20), float("nan")), torch.randn(32, 32, 3, 3)
+    before = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
         planner.choose(planner.describe("winograd_conv2d", input, weight, 1))
-    assert torch.equal(torch.get_rng_state()[:64], before[:64]) or True
+    assert torch.equal(torch.get_rng_state(), before)
     key = next(iter(json.loads(file.read_text())["plans"]))
     assert "float32" in key
 

@@ -599,6 +599,7 @@ def test_ddp_before_and_after(tmp_path):
 # --- with an example ---
 
 
+@pytest.mark.native
 def test_an_example_measures_now(measured):
     net = pywino.swap_(make_net(), example=images())
     assert len(planner._plans.plans) > 0
@@ -608,6 +609,7 @@ def test_an_example_measures_now(measured):
     assert len(planner._plans.plans) == count
 
 
+@pytest.mark.native
 def test_without_an_example_nothing_is_measured_before_the_first_call(measured):
     net = pywino.swap_(make_net())
     assert len(planner._plans.plans) == 0
@@ -760,6 +762,7 @@ def test_plan_without_an_example():
     assert all(row.before is None for row in report)
 
 
+@pytest.mark.native
 def test_plan_with_an_example_has_times_and_shapes(measured):
     net, x = make_net(), images()
     report = pywino.plan(net, example=x)
@@ -792,6 +795,7 @@ def test_plan_keeps_the_memory_format():
     assert not net.stem[0].weight.is_contiguous()
 
 
+@pytest.mark.native
 def test_plan_counts_calls_and_names_layers_that_are_not_reached(measured):
     class Loop(nn.Module):
         def __init__(self):
@@ -858,6 +862,7 @@ def test_a_report_prints_as_a_table_and_as_markdown_and_as_json(monkeypatch):
     pywino.swap_(net, example=None, progress=True)
 
 
+@pytest.mark.native
 def test_explain_names_every_candidate(measured):
     net, x = make_net(), images()
     before = kinds(net)
@@ -874,6 +879,7 @@ def test_explain_names_every_candidate(measured):
     assert repr(text) == str(text)
 
 
+@pytest.mark.native
 def test_explain_takes_a_layer_and_a_swapped_model():
     x = images(channels=4)
     plain = pywino.explain(conv(), x)
