@@ -27,6 +27,11 @@ CASES = [
     (16, (3, 2)),
     (50, (7, 5)),
     ((2, 5), (9, 12)),
+    # Rows of several blocks of tiles, the last one cut: small blocks, then wide ones.
+    (2, (7, 141)),
+    (5, (6, 133)),
+    ((1, 9), (4, 150)),
+    ((2, 20), (5, 171)),
 ]
 # Those of tests/ops/test_winograd.py: the kernels are the same.
 K = {2: 8, 4: 36, 6: 200}

@@ -110,12 +110,12 @@ struct WeightGradient {
                   end = part_begin(grid.tiles, slices, slice + 1);
     for (int64_t first = begin; first < end; first += chunk) {
       const int tiles = int(min(chunk, end - first));
-      transform_tiles<InputPatch<M>, M>(
+      transform_tiles<InputPatch<M>>(
           input, grid, first, 0, tiles, c0, c1,
           [&](int tile, int64_t b)
               __attribute__((always_inline)) { return tile * ldv + (b - c0) * kLanes; },
           params.winograd_relu, v, stride_v);
-      transform_tiles<GradientPatch<M>, M>(
+      transform_tiles<GradientPatch<M>>(
           grad, grid, first, 0, tiles, k0, k1,
           [&](int tile, int64_t b)
               __attribute__((always_inline)) { return tile * ldd + (b - k0) * kLanes; },
@@ -272,7 +272,7 @@ struct DomainInputGradient {
       const int tiles = int(min(chunk, grid.tiles_per_image - first));
       const int64_t tile0 = n * grid.tiles_per_image + first;
       const Groups groups(tiles, kRows2);
-      transform_tiles<GradientPatch<M>, M>(
+      transform_tiles<GradientPatch<M>>(
           grad, grid, tile0, 0, tiles, 0, grad.blocks(),
           [&](int tile, int64_t b) __attribute__((always_inline)) {
             const int group = groups.of(tile), start = groups.start(group);
@@ -290,7 +290,7 @@ struct DomainInputGradient {
                 g.out_channels, d + xi * stride_d + groups.start(i) * grad.blocks() * kLanes, u,
                 p + xi * stride_p + groups.start(i) * vectors * kLanes, kNothing);
         for (int t = 0; t < tiles;) {
-          const Piece piece = grid.piece(tile0 + t, tiles - t, most_tiles_in_strip(M));
+          const Piece piece = grid.strip_piece(tile0 + t, tiles - t);
           for (int v = 0; v < vectors; ++v)
             add_piece(piece, channel + v * kLanes, p + (t * vectors + v) * kLanes,
                       vectors * kLanes);
@@ -304,21 +304,24 @@ struct DomainInputGradient {
   void add_piece(const Piece& piece, int64_t channel, const float* dv, int64_t pitch) const {
     alignas(64) float strip[A * kStrip * kLanes], sum[A * kStrip * kLanes], v[A2 * kLanes];
     const int64_t plane = g.input.h * g.input.w, y0 = piece.y - g.pad_h, x0 = piece.x - g.pad_w;
-    const int columns = piece.count * M + 2, lanes = int(min<int64_t>(kLanes, g.input.c - channel));
+    const Strip map = read_strip(piece, A);
+    const int columns = map.segments * map.length,
+              lanes = int(min<int64_t>(kLanes, g.input.c - channel));
     const bool masked = params.winograd_relu;
     const T* image = input.data + piece.image * g.input.c * plane;
     if (masked && g.channels_last)
-      stage_pixels<A>(input, image, channel, y0, x0, columns, strip);
+      stage_pixels<A>(input, image, channel, y0, x0, map, strip);
     else if (masked)
-      stage<A>(input, image + channel * plane, lanes, y0, x0, columns, strip);
+      stage<A>(input, image + channel * plane, lanes, y0, x0, map, strip);
     for (int i = 0; i < A; ++i)
       for (int j = 0; j < columns; ++j) store(sum + (i * kStrip + j) * kLanes, zero());
     for (int s = 0; s < piece.count; ++s, dv += pitch) {
-      const float* patch = strip + s * M * kLanes;
+      const float* patch = strip + map.at(s) * kLanes;
       if (masked)
         transform_patch<InputPatch<M>>(
-            [&](int i, int j)
-                __attribute__((always_inline)) { return load(patch + (i * kStrip + j) * kLanes); },
+            [&](int i, int j) __attribute__((always_inline)) {
+              return load(patch + (i * kStrip + j * map.step) * kLanes);
+            },
             false, v, kLanes);
       vec t[A][A];
       PYWINO_ROLLED for (int j = 0; j < A; ++j) {
@@ -331,12 +334,12 @@ struct DomainInputGradient {
         Transform<M>::input_transposed(q, o);
         PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = o[i];
       }
-      float* out = sum + s * M * kLanes;
+      float* out = sum + map.at(s) * kLanes;
       PYWINO_ROLLED for (int i = 0; i < A; ++i) {
         vec o[A];
         Transform<M>::input_transposed(t[i], o);
         PYWINO_UNROLL for (int j = 0; j < A; ++j) {
-          float* pixel = out + (i * kStrip + j) * kLanes;
+          float* pixel = out + (i * kStrip + j * map.step) * kLanes;
           store(pixel, load(pixel) + o[j]);
         }
       }
@@ -346,7 +349,7 @@ struct DomainInputGradient {
       const int64_t y = y0 + i * g.dil_h;
       if (y < 0 || y >= g.input.h) continue;
       for (int j = 0; j < columns; ++j) {
-        const int64_t x = x0 + j * g.dil_w;
+        const int64_t x = x0 + map.pixel(j / map.length) + j % map.length;
         if (x < 0 || x >= g.input.w) continue;
         const float* pixel = sum + (i * kStrip + j) * kLanes;
         if (g.channels_last) {

@@ -174,7 +174,7 @@ struct Lists {
       const int64_t width = slabs.size(slab) * kLanes;
       float* to = v + slabs.start(slab) * C * kLanes + (t - slabs.start(slab) * kLanes);
       for (int64_t b = block0; b < block1; ++b) {
-        transform_tiles<InputPatch<M>, M>(
+        transform_tiles<InputPatch<M>>(
             job.source, job.grid, first, t, t + count, b, b + 1,
             [&](int tile, int64_t)
                 __attribute__((always_inline)) { return int64_t(tile - t) * kLanes; },

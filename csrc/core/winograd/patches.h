@@ -9,12 +9,6 @@
 namespace pywino::winograd {
 namespace {
 
-// Columns of the strip in which planes (NCHW) are turned into pixels: 8 rows x 64 columns x 16 lanes = 32 KB.
-constexpr int kStrip = 64;
-
-// Tiles in a strip. Whole vectors of outputs (for 6 x 6 tiles, 48 columns): rows that start aligned stay so.
-constexpr int most_tiles_in_strip(int m) { return (kStrip - 2) / m / 4 * 4; }
-
 // V = B^T d B, patches of a x a inputs.
 template <int M>
 struct InputPatch {
@@ -92,7 +86,7 @@ PYWINO_INLINE void transform_patch(const Load& load_at, bool relu_after, E* v, i
   }
 }
 
-template <typename Patch, int M, typename T, typename Place, typename E>
+template <typename Patch, typename T, typename Place, typename E>
 void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                            const Place& place, bool relu_after, E* v, int64_t stride) {
   constexpr int P = Patch::kSize;
@@ -102,7 +96,7 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
   const T* image = src.data + piece.image * src.height * src.width * C;
   const int64_t whole = min(block1, C / kLanes);
   for (int s = 0; s < piece.count; ++s) {
-    const int64_t x0 = piece.x + s * M * src.dil_w - src.pad_w;
+    const int64_t x0 = piece.x + piece.offset(s) - src.pad_w;
     const T* patch = image + (y0 * src.width + x0) * C;
     const int tile = piece.local + s;
     if (rows_inside && x0 >= 0 && x0 + (P - 1) * src.dil_w < src.width) {
@@ -151,42 +145,34 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
   }
 }
 
-// Planes to pixels: strip[i][j][lane] = src[channel0 + lane][y0 + i d][x0 + j d], zero outside, for kLanes channels.
+// Planes to pixels: the strip's pixels of rows y0, y0 + d, ..., of kLanes channels, zero outside the tensor.
 template <int P, typename T>
-void stage(const Source<T>& src, const T* planes, int channels, int64_t y0, int64_t x0, int columns,
-           float* strip) {
+void stage(const Source<T>& src, const T* planes, int channels, int64_t y0, int64_t x0,
+           const Strip& map, float* strip) {
   const int64_t H = src.height, W = src.width;
   for (int i = 0; i < P; ++i) {
-    float* out = strip + i * kStrip * kLanes;
     const int64_t y = y0 + i * src.dil_h;
-    if (y < 0 || y >= H) {
-      for (int j = 0; j < columns; ++j) store(out + j * kLanes, zero());
-      continue;
-    }
     const T* in = planes + y * W;
-    if (src.dil_w == 1) {
-      for (int j = 0; j < columns; j += kLanes) {
-        const int64_t x = x0 + j;
+    for (int segment = 0; segment < map.segments; ++segment) {
+      // Columns behind a segment are overwritten by the next.
+      float* out = strip + (i * kStrip + segment * map.length) * kLanes;
+      for (int j = 0; j < map.length; j += kLanes, out += kLanes * kLanes) {
+        const int64_t x = x0 + map.pixel(segment) + j;
         const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x))),
                   hi = int(max<int64_t>(0, min<int64_t>(kLanes, W - x)));
         vec r[kLanes];
-        if (channels == kLanes && lo == 0 && hi == kLanes) {
-          PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = load(in + c * H * W + x);
-        } else if (lo < hi) {
-          PYWINO_ROLLED for (int c = 0; c < kLanes; ++c) r[c] =
-              c < channels ? load_part(in + c * H * W + x, lo, hi) : zero();
-        } else {
+        if (y < 0 || y >= H || lo >= hi) {
           PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = zero();
+        } else {
+          if (channels == kLanes && lo == 0 && hi == kLanes) {
+            PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = load(in + c * H * W + x);
+          } else {
+            PYWINO_ROLLED for (int c = 0; c < kLanes; ++c) r[c] =
+                c < channels ? load_part(in + c * H * W + x, lo, hi) : zero();
+          }
+          transpose(r);
         }
-        transpose(r);
-        PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) store(out + (j + c) * kLanes, r[c]);
-      }
-    } else {
-      for (int j = 0; j < columns; ++j) {
-        const int64_t x = x0 + j * src.dil_w;
-        const bool inside = x >= 0 && x < W;
-        for (int c = 0; c < kLanes; ++c)
-          out[j * kLanes + c] = inside && c < channels ? get(in + c * H * W + x) : 0.f;
+        PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) store(out + c * kLanes, r[c]);
       }
     }
   }
@@ -195,34 +181,37 @@ void stage(const Source<T>& src, const T* planes, int channels, int64_t y0, int6
 // The same from a channels_last tensor.
 template <int P, typename T>
 void stage_pixels(const Source<T>& src, const T* image, int64_t channel, int64_t y0, int64_t x0,
-                  int columns, float* strip) {
+                  const Strip& map, float* strip) {
   const int lanes = int(min<int64_t>(kLanes, src.channels - channel));
   for (int i = 0; i < P; ++i)
-    for (int j = 0; j < columns; ++j) {
-      const int64_t y = y0 + i * src.dil_h, x = x0 + j * src.dil_w;
-      const bool inside = y >= 0 && y < src.height && x >= 0 && x < src.width;
-      store(strip + (i * kStrip + j) * kLanes,
-            inside ? load_part(image + (y * src.width + x) * src.channels + channel, 0, lanes)
-                   : zero());
-    }
+    for (int segment = 0; segment < map.segments; ++segment)
+      for (int j = 0; j < map.length; ++j) {
+        const int64_t y = y0 + i * src.dil_h, x = x0 + map.pixel(segment) + j;
+        const bool inside = y >= 0 && y < src.height && x >= 0 && x < src.width;
+        store(strip + (i * kStrip + segment * map.length + j) * kLanes,
+              inside ? load_part(image + (y * src.width + x) * src.channels + channel, 0, lanes)
+                     : zero());
+      }
 }
 
-template <typename Patch, int M, typename T, typename Place, typename E>
+template <typename Patch, typename T, typename Place, typename E>
 void patches_planes(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                     const Place& place, bool relu_after, E* v, int64_t stride) {
   constexpr int P = Patch::kSize;
   const int64_t plane = src.height * src.width;
   const T* image = src.data + piece.image * src.channels * plane;
+  const Strip map = read_strip(piece, P);
   alignas(64) float strip[P * kStrip * kLanes];
   for (int64_t b = block0; b < block1; ++b) {
     const int channels = int(min<int64_t>(kLanes, src.channels - b * kLanes));
     stage<P>(src, image + b * kLanes * plane, channels, piece.y - src.pad_h, piece.x - src.pad_w,
-             (piece.count - 1) * M + P, strip);
+             map, strip);
     for (int s = 0; s < piece.count; ++s) {
-      const float* p = strip + s * M * kLanes;
+      const float* p = strip + map.at(s) * kLanes;
       transform_patch<Patch>(
-          [&](int i, int j)
-              __attribute__((always_inline)) { return load(p + (i * kStrip + j) * kLanes); },
+          [&](int i, int j) __attribute__((always_inline)) {
+            return load(p + (i * kStrip + j * map.step) * kLanes);
+          },
           relu_after, v + place(piece.local + s, b), stride);
     }
   }
@@ -230,17 +219,18 @@ void patches_planes(const Source<T>& src, const Piece& piece, int64_t block0, in
 
 // Tiles [t0, t1) of the chunk that starts at tile `first`, blocks of channels [block0, block1). Position xi of (tile, block)
 // goes to v + xi * stride + place(tile, block).
-template <typename Patch, int M, typename T, typename Place, typename E>
+template <typename Patch, typename T, typename Place, typename E>
 void transform_tiles(const Source<T>& src, const Grid& grid, int64_t first, int t0, int t1,
                      int64_t block0, int64_t block1, const Place& place, bool relu_after, E* v,
                      int64_t stride) {
   for (int t = t0; t < t1;) {
-    Piece piece = grid.piece(first + t, t1 - t, src.channels_last ? 0 : most_tiles_in_strip(M));
+    Piece piece =
+        src.channels_last ? grid.piece(first + t, t1 - t) : grid.strip_piece(first + t, t1 - t);
     piece.local = t;
     if (src.channels_last)
-      patches_channels_last<Patch, M>(src, piece, block0, block1, place, relu_after, v, stride);
+      patches_channels_last<Patch>(src, piece, block0, block1, place, relu_after, v, stride);
     else
-      patches_planes<Patch, M>(src, piece, block0, block1, place, relu_after, v, stride);
+      patches_planes<Patch>(src, piece, block0, block1, place, relu_after, v, stride);
     t += piece.count;
   }
 }

@@ -29,6 +29,10 @@ struct Job {
   int64_t lines;   // of a tile's channels in V
   int rows;        // most tiles of a register block
   bool stream;     // write the output past the caches
+
+  PYWINO_INLINE Piece piece(int64_t q, int64_t most) const {
+    return geometry.channels_last ? grid.piece(q, most) : grid.strip_piece(q, most);
+  }
 };
 
 // Where (tile, vector of channels) of V lies in its chunk, for xi = 0.
@@ -43,7 +47,7 @@ PYWINO_INLINE int64_t v_offset(const Job<T>& job, const Groups& groups, int tile
 template <int M, typename T, typename E>
 void input_stage(const Job<T>& job, int64_t first, int t0, int t1, const Groups& groups,
                  int64_t block0, int64_t block1, E* v) {
-  transform_tiles<InputPatch<M>, M>(
+  transform_tiles<InputPatch<M>>(
       job.source, job.grid, first, t0, t1, block0, block1,
       [&](int tile, int64_t block)
           __attribute__((always_inline)) { return v_offset<E>(job, groups, tile, block); },
@@ -61,14 +65,10 @@ class Prefetch {
 
   // The patches of tiles [first, end), in `calls` calls of next().
   Prefetch(const Job<T>& job, int64_t first, int64_t end, int64_t calls, int64_t depth)
-      : job_(&job),
-        tile_(first),
-        end_(end),
-        strip_(job.geometry.channels_last ? 0 : most_tiles_in_strip(M)),
-        quarters_(max<int64_t>(1, depth / 4)) {
+      : job_(&job), tile_(first), end_(end), quarters_(max<int64_t>(1, depth / 4)) {
     int64_t slots = 0;
     for (int64_t t = first; t < end;) {
-      piece_ = job.grid.piece(t, end - t, strip_);
+      piece_ = job.piece(t, end - t);
       row();
       slots += A * slots_;
       t += piece_.count;
@@ -95,7 +95,7 @@ class Prefetch {
       ahead_.rate = 0;
       return;
     }
-    piece_ = job_->grid.piece(tile_, end_ - tile_, strip_);
+    piece_ = job_->piece(tile_, end_ - tile_);
     tile_ += piece_.count;
     i_ = -1;
     advance();
@@ -111,12 +111,13 @@ class Prefetch {
     open();
   }
 
-  // A slot is a cache line of a row, or one pixel of it (dilated), or the row of one plane.
+  // A slot is a cache line of a row of pixels, or the row of one plane.
   void row() {
     const Geometry& g = job_->geometry;
     const int64_t C = g.input.c, y = max<int64_t>(0, piece_.y - g.pad_h + i_ * g.dil_h);
     const int64_t x0 = max<int64_t>(0, piece_.x - g.pad_w),
-                  columns = (piece_.count * M + 1) * g.dil_w + 1;
+                  span = piece_.offset(piece_.count - 1) + (A - 1) * g.dil_w + 1,
+                  columns = max<int64_t>(0, min(span, g.input.w - x0));
     const T* input = static_cast<const T*>(job_->params.input);
     int64_t bytes;
     if (!g.channels_last) {
@@ -124,11 +125,7 @@ class Prefetch {
       slots_ = C, bytes = columns * sizeof(T), ahead_.pitch = g.input.h * g.input.w * sizeof(T);
     } else {
       input += ((piece_.image * g.input.h + y) * g.input.w + x0) * C;
-      if (g.dil_w == 1)
-        slots_ = ceil_div<int64_t>(columns * C * sizeof(T), 64), bytes = ahead_.pitch = 64;
-      else
-        slots_ = piece_.count * M + 2, bytes = C * sizeof(T),
-        ahead_.pitch = g.dil_w * C * sizeof(T);
+      slots_ = ceil_div<int64_t>(columns * C * sizeof(T), 64), bytes = ahead_.pitch = 64;
     }
     ahead_.next = reinterpret_cast<const char*>(input);
     ahead_.lines = int(ceil_div<int64_t>(bytes, 64));
@@ -136,7 +133,6 @@ class Prefetch {
 
   const Job<T>* job_ = nullptr;
   int64_t tile_ = 0, end_ = 0;
-  int strip_ = 0;
   int64_t quarters_ = 0,
           slots_ = 0;  // fours of channels in a register block; slots left in the row
   int i_ = 0;          // row of the patches
@@ -179,7 +175,7 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
   const T* residual = static_cast<const T*>(job.params.residual);
   const bool relu_out = job.params.relu;
   for (int s = 0; s < piece.count; ++s) {
-    const int64_t x0 = piece.x + s * M * g.dil_w;
+    const int64_t x0 = piece.x + piece.offset(s);
     const int columns = outputs_inside(x0, job.out_w, g.dil_w, M);
     const int64_t at = ((piece.image * job.out_h + piece.y) * job.out_w + x0) * K + channel;
     for (int n = 0; n < vectors; ++n) {
@@ -222,7 +218,7 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
   const Geometry& g = job.geometry;
   const int64_t plane = job.out_h * job.out_w;
   const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
-  const int columns = outputs_inside(piece.x, job.out_w, g.dil_w, M * piece.count);
+  const Strip map = write_strip(piece);
   const bool relu_out = job.params.relu;
   alignas(64) float strip[M * kStrip * kLanes];
   for (int n = 0; n < vectors; ++n) {
@@ -233,17 +229,19 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
       transform_product<M>(m + (s * vectors + n) * kLanes, job.stride_m, rows,
                            [&](int i, vec* y) __attribute__((always_inline)) {
                              PYWINO_UNROLL for (int j = 0; j < M; ++j)
-                                 store(strip + (i * kStrip + s * M + j) * kLanes, y[j] + bias);
+                                 store(strip + (i * kStrip + map.at(s) + j * map.step) * kLanes,
+                                       y[j] + bias);
                            });
     const int64_t at =
         ((piece.image * g.out_channels + k) * job.out_h + piece.y) * job.out_w + piece.x;
     T* out = static_cast<T*>(job.params.output) + at;
     const T* residual =
         job.params.residual ? static_cast<const T*>(job.params.residual) + at : nullptr;
-    for (int i = 0; i < rows; ++i) {
-      const float* pixels = strip + i * kStrip * kLanes;
-      const int64_t row = i * g.dil_h * job.out_w;
-      if (g.dil_w == 1) {
+    for (int i = 0; i < rows; ++i)
+      for (int segment = 0; segment < map.segments; ++segment) {
+        const float* pixels = strip + (i * kStrip + segment * map.length) * kLanes;
+        const int64_t row = i * g.dil_h * job.out_w + map.pixel(segment);
+        const int columns = int(min<int64_t>(map.length, job.out_w - piece.x - map.pixel(segment)));
         for (int j = 0; j < columns; j += kLanes) {
           const int width = min(kLanes, columns - j);
           vec r[kLanes];
@@ -265,16 +263,7 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
             }
           }
         }
-      } else {
-        for (int j = 0; j < columns; ++j)
-          for (int c = 0; c < lanes; ++c) {
-            const int64_t offset = c * plane + row + j * g.dil_w;
-            float value = pixels[j * kLanes + c];
-            if (residual) value += get(residual + offset);
-            put(out + offset, relu_out && value < 0.f ? 0.f : value);
-          }
       }
-    }
   }
 }
 
@@ -283,8 +272,7 @@ template <int M, typename T>
 void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
                   const float* m) {
   for (int t = t0; t < t1;) {
-    const Piece piece =
-        job.grid.piece(first + t, t1 - t, job.geometry.channels_last ? 0 : most_tiles_in_strip(M));
+    const Piece piece = job.piece(first + t, t1 - t);
     const float* product = m + int64_t(t - t0) * vectors * kLanes;
     if (job.geometry.channels_last)
       output_channels_last<M>(job, piece, channel, vectors, product);
