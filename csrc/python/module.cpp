@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/common/isa.h"
+#include "core/common/scratch.h"
 #include "core/winograd/winograd.h"
 
 namespace py = pybind11;
@@ -137,6 +138,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("force_isa", &force_isa, py::arg("name").none(true),
         "Puts one instruction set in force for the process; None returns to the best one.\n\n"
         "Raises ValueError, which names the choices, where it is not built or does not run.");
+  m.def("scratch_bytes", &pywino::scratch_bytes,
+        "Bytes of scratch memory that the calling thread keeps for the kernels.");
   m.def("transform_matrices", &transform_matrices, py::arg("tile"),
         "(B^T, G, A^T) of F(tile x tile, 3x3) as float64 arrays of shapes (tile+2, tile+2),\n"
         "(tile+2, 3) and (tile, tile+2). Raises ValueError for a tile that does not exist.");

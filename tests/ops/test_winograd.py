@@ -2,6 +2,7 @@
 """The Winograd ops against PyTorch, and the reference against loops, hand and wincnn."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -281,6 +282,47 @@ def test_precision_fast(isa, tile, gate, relu_input):
         fast = conv(layouts, weight, algorithm=f"f{tile}", precision="fast")
         assert relative_l2(fast, exact) < gate
         assert torch.equal(default, fast) == (tile == 6 or isa != "avx512bf16")
+
+
+def scratch_of(run):
+    """Bytes of scratch that a new thread keeps after `run`, on that thread alone."""
+    kept = []
+
+    def body():
+        run()
+        kept.append(native.host.scratch_bytes())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    return kept[0]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("c", "k", "size"), [(16, 16, 60), (64, 640, 30), (512, 512, 14), (1536, 64, 9)]
+)
+@pytest.mark.parametrize("tile", TILES)
+def test_scratch_is_bounded(tile, c, k, size, channels_last):
+    """docs/design.md: 4 MB a thread, rounded up to whole huge pages of 2 MB, in each of two slots;
+    the weight gradient's accumulators besides."""
+    x, w = torch.randn(1, c, size, size), torch.randn(k, c, 3, 3)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    choice = {"backend": "cpu", "algorithm": f"f{tile}"}
+    forward = scratch_of(lambda: conv(x, w, **choice))
+    assert 0 < forward <= 6 << 20
+    x.requires_grad_()
+    w.requires_grad_()
+    both = scratch_of(lambda: conv(x, w, **choice).sum().backward())
+    accumulators = 4 * (tile + 2) ** 2 * 128 * 128
+    assert forward <= both <= (6 << 20) + accumulators + (2 << 20)
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "f2", "f4", "f6"])

@@ -35,4 +35,10 @@ void* scratch(std::size_t bytes, ScratchSlot slot) {
   return b.data;
 }
 
+std::size_t scratch_bytes() {
+  std::size_t bytes = 0;
+  for (const Buffer& b : buffers) bytes += b.size;
+  return bytes;
+}
+
 }  // namespace pywino

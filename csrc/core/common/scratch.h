@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+#include "isa.h"
+
 namespace pywino {
 
 enum class ScratchSlot : int { own = 0, shared = 1 };
@@ -13,5 +15,8 @@ inline constexpr int kScratchSlots = 2;
 // At least `bytes` bytes, 4 KB aligned, contents undefined, valid until this thread's next call with the same slot;
 // nullptr when memory has run out.
 void* scratch(std::size_t bytes, ScratchSlot slot);
+
+// What this thread keeps.
+PYWINO_API std::size_t scratch_bytes();
 
 }  // namespace pywino
