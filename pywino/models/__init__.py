@@ -2,12 +2,14 @@
 """Reference models in plain `torch.nn`; `pywino.swap_` turns their convolutions. Those that are
 trained here also come with pywino's layers: `conv="winograd"` or `"winograd_relu"`.
 
-Parameter names of VGG (224), ResNet-50 and SAPNet are those of the published checkpoints
-(torchvision's, the authors'), so weights go in and out unchanged, before and after a swap.
+Parameter names of VGG (224), ResNet-50, MobileNetV2 and SAPNet are those of the published
+checkpoints (torchvision's, the authors'), so weights go in and out unchanged, before and after a
+swap.
 """
 
 from pywino.models.alexnet import AlexNet, alexnet
 from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
+from pywino.models.mobilenet import MobileNetV2, mobilenet_v2
 from pywino.models.resnet import ResNet, resnet18, resnet32, resnet50
 from pywino.models.sapnet import SAPNet, sapnet
 from pywino.models.stack import WeightedAverageStack
@@ -18,6 +20,7 @@ __all__ = [
     "VGG",
     "AlexNet",
     "AllConv",
+    "MobileNetV2",
     "ResNet",
     "SAPNet",
     "WeightedAverageStack",
@@ -25,6 +28,7 @@ __all__ = [
     "all_cnn_c",
     "convpool_cnn_c",
     "load_weights",
+    "mobilenet_v2",
     "resnet18",
     "resnet32",
     "resnet50",
