@@ -9,17 +9,21 @@ swap.
 
 from pywino.models.alexnet import AlexNet, alexnet
 from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
+from pywino.models.darknet import load_darknet
 from pywino.models.mobilenet import MobileNetV2, mobilenet_v2
 from pywino.models.resnet import ResNet, resnet18, resnet32, resnet50
 from pywino.models.sapnet import SAPNet, sapnet
 from pywino.models.stack import WeightedAverageStack
 from pywino.models.vgg import VGG, vgg16
 from pywino.models.weights import load_weights
+from pywino.models.yolo import YOLO, Detections, small_yolo, yolov3
 
 __all__ = [
     "VGG",
+    "YOLO",
     "AlexNet",
     "AllConv",
+    "Detections",
     "MobileNetV2",
     "ResNet",
     "SAPNet",
@@ -27,11 +31,14 @@ __all__ = [
     "alexnet",
     "all_cnn_c",
     "convpool_cnn_c",
+    "load_darknet",
     "load_weights",
     "mobilenet_v2",
     "resnet18",
     "resnet32",
     "resnet50",
     "sapnet",
+    "small_yolo",
     "vgg16",
+    "yolov3",
 ]
