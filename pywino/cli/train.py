@@ -70,6 +70,19 @@ def _restored(row: dict) -> str:
     )
 
 
+def _detected(row: dict) -> str:
+    classes = ", ".join(
+        f"{name.removeprefix('ap50_')} {value:.3f}"
+        for name, value in row.items()
+        if name.startswith("ap50_")
+    )
+    shown = f" ({classes})" if classes.count(",") < 10 else ""
+    return (
+        f"loss {row['loss']:.3f}, mAP@.5 {row['map50']:.3f}{shown}, mAP {row['map']:.3f}, "
+        f"batch {row['batch_size']}, lr {row['lr']:.4g}"
+    )
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def train() -> None:
     """Train a reference model."""
@@ -257,3 +270,22 @@ def _derain():
     interrupted goes on exactly where it was: the same line with --resume. torchrun starts it on
     several ranks: `torchrun --nproc-per-node 2 -m pywino train derain …`.
     """
+
+
+@train.command("detect")
+@_fields(training.DetectRecipe)
+@_run_options
+@click.pass_context
+def _detect(context: click.Context, config: Path | None, **values) -> None:
+    """Train a detector into a folder, with log, curves, sample pictures and checkpoints.
+
+    On a folder in YOLO's format, or with --stamps on scenes: cut-outs pasted on the photos of
+    --data. A run that was interrupted goes on exactly where it was: the same line with --resume.
+    torchrun starts it on several ranks: `torchrun --nproc-per-node 2 -m pywino train detect …`.
+    """
+    with _running(values, _detected) as (out, console, listen, options):
+        recipe = _recipe(training.DetectRecipe, context, config, values)
+        data = recipe.read_data()
+        for problem in data[0].problems:
+            console.print(problem, highlight=False, markup=False, soft_wrap=True)
+        training.detect(recipe, out, data=data, listener=listen("detect"), **options)
