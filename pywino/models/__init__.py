@@ -9,6 +9,7 @@ swap.
 
 from pywino.models.alexnet import AlexNet, alexnet
 from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
+from pywino.models.deblur_yolo import DeblurYOLO, deblur_yolo
 from pywino.models.mobilenet import MobileNetV2, mobilenet_v2
 from pywino.models.resnet import ResNet, resnet18, resnet32, resnet50
 from pywino.models.sapnet import SAPNet, sapnet
@@ -20,6 +21,7 @@ __all__ = [
     "VGG",
     "AlexNet",
     "AllConv",
+    "DeblurYOLO",
     "MobileNetV2",
     "ResNet",
     "SAPNet",
@@ -27,6 +29,7 @@ __all__ = [
     "alexnet",
     "all_cnn_c",
     "convpool_cnn_c",
+    "deblur_yolo",
     "load_weights",
     "mobilenet_v2",
     "resnet18",
