@@ -10,6 +10,7 @@ swap.
 from pywino.models.alexnet import AlexNet, alexnet
 from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
 from pywino.models.deblur_yolo import DeblurYOLO, deblur_yolo
+from pywino.models.discriminators import PatchDiscriminator, patch_discriminator
 from pywino.models.mobilenet import MobileNetV2, mobilenet_v2
 from pywino.models.resnet import ResNet, resnet18, resnet32, resnet50
 from pywino.models.sapnet import SAPNet, sapnet
@@ -23,6 +24,7 @@ __all__ = [
     "AllConv",
     "DeblurYOLO",
     "MobileNetV2",
+    "PatchDiscriminator",
     "ResNet",
     "SAPNet",
     "WeightedAverageStack",
@@ -32,6 +34,7 @@ __all__ = [
     "deblur_yolo",
     "load_weights",
     "mobilenet_v2",
+    "patch_discriminator",
     "resnet18",
     "resnet32",
     "resnet50",
