@@ -9,9 +9,20 @@ Each reader checks what it reads and names a damaged file. Files are not trusted
 arrays and lists only, and nothing of an archive is ever written to disk.
 """
 
+from pywino.data.blur import averaged_frames, blur, linear_kernels, trajectory_kernels
 from pywino.data.cifar import cifar10, cifar100
 from pywino.data.fashion_mnist import fashion_mnist
 from pywino.data.folder import image_folder
 from pywino.data.images import Images
 
-__all__ = ["Images", "cifar10", "cifar100", "fashion_mnist", "image_folder"]
+__all__ = [
+    "Images",
+    "averaged_frames",
+    "blur",
+    "cifar10",
+    "cifar100",
+    "fashion_mnist",
+    "image_folder",
+    "linear_kernels",
+    "trajectory_kernels",
+]
