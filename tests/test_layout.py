@@ -47,7 +47,7 @@ FLOORS = [
     {"ops"},
     {"functional"},
     {"nn"},
-    {"swap", "models", "testing", "optim", "data", "losses"},
+    {"swap", "models", "testing", "optim", "data", "losses", "metrics"},
     {"pruning"},
     {"pywino"},  # `import pywino`, which reaches everything above
     {"train"},

@@ -9,6 +9,7 @@ swap.
 
 from pywino.models.alexnet import AlexNet, alexnet
 from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
+from pywino.models.darknet import load_darknet
 from pywino.models.deblur_yolo import DeblurYOLO, deblur_yolo
 from pywino.models.discriminators import PatchDiscriminator, patch_discriminator
 from pywino.models.mobilenet import MobileNetV2, mobilenet_v2
@@ -17,12 +18,15 @@ from pywino.models.sapnet import SAPNet, sapnet
 from pywino.models.stack import WeightedAverageStack
 from pywino.models.vgg import VGG, vgg16
 from pywino.models.weights import load_weights
+from pywino.models.yolo import YOLO, Detections, small_yolo, yolov3
 
 __all__ = [
     "VGG",
+    "YOLO",
     "AlexNet",
     "AllConv",
     "DeblurYOLO",
+    "Detections",
     "MobileNetV2",
     "PatchDiscriminator",
     "ResNet",
@@ -32,6 +36,7 @@ __all__ = [
     "all_cnn_c",
     "convpool_cnn_c",
     "deblur_yolo",
+    "load_darknet",
     "load_weights",
     "mobilenet_v2",
     "patch_discriminator",
@@ -39,5 +44,7 @@ __all__ = [
     "resnet32",
     "resnet50",
     "sapnet",
+    "small_yolo",
     "vgg16",
+    "yolov3",
 ]

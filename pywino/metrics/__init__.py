@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How good a result is."""
+
+from pywino.metrics.average_precision import average_precision
+
+__all__ = ["average_precision"]
