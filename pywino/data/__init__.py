@@ -19,6 +19,7 @@ Each reader checks what it reads and names a damaged file. Files are not trusted
 arrays and lists only, and nothing of an archive is ever written to disk.
 """
 
+from pywino.data.blur import averaged_frames, blur, linear_kernels, trajectory_kernels
 from pywino.data.cifar import cifar10, cifar100
 from pywino.data.detection import LabelledPictures, Scenes, Stamps, letterbox
 from pywino.data.fashion_mnist import fashion_mnist
@@ -37,11 +38,15 @@ __all__ = [
     "Rain",
     "Scenes",
     "Stamps",
+    "averaged_frames",
+    "blur",
     "cifar10",
     "cifar100",
     "fashion_mnist",
     "image_folder",
     "letterbox",
+    "linear_kernels",
     "paired_photos",
     "photos",
+    "trajectory_kernels",
 ]

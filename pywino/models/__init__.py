@@ -10,6 +10,8 @@ swap.
 from pywino.models.alexnet import AlexNet, alexnet
 from pywino.models.all_conv import AllConv, all_cnn_c, convpool_cnn_c
 from pywino.models.darknet import load_darknet
+from pywino.models.deblur_yolo import DeblurYOLO, deblur_yolo
+from pywino.models.discriminators import PatchDiscriminator, patch_discriminator
 from pywino.models.mobilenet import MobileNetV2, mobilenet_v2
 from pywino.models.resnet import ResNet, resnet18, resnet32, resnet50
 from pywino.models.sapnet import SAPNet, sapnet
@@ -23,17 +25,21 @@ __all__ = [
     "YOLO",
     "AlexNet",
     "AllConv",
+    "DeblurYOLO",
     "Detections",
     "MobileNetV2",
+    "PatchDiscriminator",
     "ResNet",
     "SAPNet",
     "WeightedAverageStack",
     "alexnet",
     "all_cnn_c",
     "convpool_cnn_c",
+    "deblur_yolo",
     "load_darknet",
     "load_weights",
     "mobilenet_v2",
+    "patch_discriminator",
     "resnet18",
     "resnet32",
     "resnet50",
