@@ -49,7 +49,7 @@ _HOMES = {
 }
 _MODULES = frozenset(
     {"backends", "functional", "models", "nn", "ops", "planner", "reference", "swap", "testing"}
-    | {"data", "optim", "pruning", "train"}
+    | {"data", "metrics", "optim", "pruning", "train"}
 )
 
 __all__ = [*sorted(_HOMES), "__version__", "backends", "testing"]

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import pywino.cli
-from pywino.cli import derain
+from pywino.cli import derain, pictures, restore
 from pywino.models import sapnet
 
 Image = pytest.importorskip("PIL.Image")
@@ -55,22 +55,31 @@ def picture(height=20, width=30, channels=3, dtype=np.uint8):
 
 @pytest.mark.parametrize("size", [1, 7, 64, 65, 100, 104, 127, 128, 129, 1000])
 def test_tiles_cover_and_add_up(size):
-    spans = derain.spans(size, 64, 24)
+    spans = restore.spans(size, 64, 24)
     assert spans[0][0] == 0
     assert spans[-1][1] == size
     assert all(end - start == min(size, 64) for start, end in spans)
     assert all(a[1] - b[0] >= 24 for a, b in itertools.pairwise(spans))
     total = torch.zeros(size)
     for i, (start, end) in enumerate(spans):
-        weights = derain._ramp(spans, i)
+        weights = restore._ramp(spans, i)
         assert weights.min() >= -1e-6
         total[start:end] += weights
     torch.testing.assert_close(total, torch.ones(size))
 
 
+@pytest.mark.parametrize("size", [1, 64, 65, 127, 129, 150, 1000, 1023])
+def test_tiles_start_on_the_grid(size):
+    spans = restore.spans(size, 70, 20, 16)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == size
+    assert all(start % 16 == 0 and 0 < end - start <= 70 for start, end in spans)
+    assert all(a[1] - b[0] >= 20 for a, b in itertools.pairwise(spans))
+
+
 def test_a_tiled_picture_is_whole_and_advance_hears_of_all():
     rgb, heard = torch.rand(3, 150, 210), []
-    output = derain.derain(Identity(), rgb, 64, 24, heard.append)
+    output = restore.Tiled(Identity(), 64, 24)(rgb, heard.append)
     torch.testing.assert_close(output, rgb)
     assert len(heard) > 4
     assert max(heard) == 64 * 64
@@ -80,7 +89,9 @@ def test_small_pictures_are_one_tile():
     torch.manual_seed(0)
     model, rgb = sapnet(stages=1).eval(), torch.rand(3, 33, 21)
     with torch.no_grad():
-        torch.testing.assert_close(derain.derain(model, rgb), model(rgb[None])[0])
+        torch.testing.assert_close(
+            restore.Tiled(model, derain.TILE, derain.OVERLAP)(rgb), model(rgb[None])[0]
+        )
 
 
 def test_tiles_of_a_network_agree_where_its_gates_do():
@@ -88,8 +99,8 @@ def test_tiles_of_a_network_agree_where_its_gates_do():
     field of one stage with undilated blocks, 13 pixels each side, it is the whole picture's."""
     torch.manual_seed(0)
     model, rgb = sapnet(None, (1, 1, 1, 1, 1), stages=1).eval(), torch.rand(3, 40, 150)
-    assert derain.spans(150, 80, 40) == [(0, 80), (35, 115), (70, 150)]
-    tiled = derain.derain(model, rgb, 80, 40)
+    assert restore.spans(150, 80, 40) == [(0, 80), (35, 115), (70, 150)]
+    tiled = restore.Tiled(model, 80, 40)(rgb)
     with torch.no_grad():
         whole = model(rgb[None])[0]
     # 13 away from the borders of every tile that has a weight there.
@@ -202,14 +213,14 @@ def test_broken_files_are_named_and_the_others_done(run, tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    made = derain.Picture(torch.rand(3, 4, 4))
+    made = pictures.Picture(torch.rand(3, 4, 4))
 
     def fail(self, *_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(KeyboardInterrupt):
-        derain.write_picture(tmp_path / "a.png", made)
+        pictures.write_picture(tmp_path / "a.png", made)
     assert not list(tmp_path.iterdir())
 
 
@@ -238,6 +249,7 @@ def test_compare_and_scores(run, tmp_path):
     mean = np.mean((truth.astype(float) - pixels) ** 2)
     assert math.isclose(row["psnr_rgb"], 10 * math.log10(255**2 / mean), rel_tol=1e-4)
     assert 0.9 < row["ssim_rgb"] < 1
+    assert 20 < row["laplacian_psnr"] < 40
     assert row["psnr_y"] > row["psnr_rgb"]  # Y has 219 steps of 256
     Image.fromarray(truth[:9]).save(tmp_path / "small.png")
     assert "its truth is 50 x 9, it is 50 x 40" in run(

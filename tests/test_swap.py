@@ -1153,6 +1153,26 @@ def test_fuse_patterns(name):
         close(pywino.restore_(net)(x.clone()), before)
 
 
+def test_fuse_takes_instance_norms_that_keep_statistics():
+    """In eval mode they are the affine map that a BatchNorm is; one without statistics is not."""
+    torch.manual_seed(0)
+    kept, own = (nn.InstanceNorm2d(4, track_running_stats=track) for track in (True, False))
+    kept.running_mean.normal_()
+    kept.running_var.uniform_(0.5, 2)
+    first, second = pywino.DilatedConv2d(3, 4, 3, padding=2, dilation=2), conv()
+    net = pywino.swap_(nn.Sequential(first, kept, nn.ReLU(), second, own).eval())
+    x = images()
+    with torch.no_grad():
+        before = net(x)
+        net = pywino.fuse_(net)
+        close(net(x), before)
+    assert type(net[1]) is nn.Identity
+    assert first.activation == "relu"
+    assert type(net[4]) is nn.InstanceNorm2d
+    report = str(pywino.swap.last_report(net))
+    assert "the InstanceNorm after it has no running statistics" in report
+
+
 def test_fuse_does_not_move_a_read_before_a_write():
     net = pywino.swap_(make_net(Body(mutate_residual)))
     x = images(channels=4)

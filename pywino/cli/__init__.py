@@ -58,3 +58,29 @@ def _derain(context: click.Context) -> None:
     from pywino.cli.derain import command
 
     command.main(args=context.args, prog_name=context.command_path)
+
+
+@main.command(
+    "deblur",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.pass_context
+def _deblur(context: click.Context) -> None:
+    """Take motion blur out of pictures and videos."""
+    from pywino.cli.deblur import command
+
+    command.main(args=context.args, prog_name=context.command_path)
+
+
+@main.command(
+    "detect",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.pass_context
+def _detect(context: click.Context) -> None:
+    """Find objects in pictures and videos."""
+    from pywino.cli.detect import command
+
+    command.main(args=context.args, prog_name=context.command_path)

@@ -13,7 +13,7 @@ from pywino.data._files import damaged, is_archive, members
 from pywino.data.images import Images
 
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm")
 
 
 def image_folder(
@@ -26,26 +26,20 @@ def image_folder(
     mode: "RGB" or "L" (grey). size: (height, width) to which every image is scaled; None requires
     that all have the same. Raises FileNotFoundError and, for a damaged image or archive,
     RuntimeError with its name. Needs Pillow."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise RuntimeError(
-            "pywino.data.image_folder: decoding pictures needs Pillow; type `pip install pillow`"
-        ) from error
     path = Path(path)
     if mode not in ("RGB", "L"):
         raise ValueError(f"pywino.data.image_folder: mode must be 'RGB' or 'L', got {mode!r}")
     found: dict[str, dict[tuple[str, str], np.ndarray]] = {"train": {}, "test": {}}
     for name, content in _files(path):
         parts = PurePosixPath(name).parts
-        if len(parts) < 3 or parts[-3] not in found or not name.lower().endswith(_SUFFIXES):
+        if len(parts) < 3 or parts[-3] not in found or not name.lower().endswith(SUFFIXES):
             continue
         split, label, file = parts[-3:]
-        found[split][label, file] = _decoded(Image, path / name, content, mode, size)
+        found[split][label, file] = decoded(path / name, content, mode, size)
     if not found["train"] or not found["test"]:
         raise FileNotFoundError(
             f"pywino.data.image_folder: {path} must have train/<class>/ and test/<class>/ with "
-            f"{', '.join(_SUFFIXES)} files, got {len(found['train'])} training and "
+            f"{', '.join(SUFFIXES)} files, got {len(found['train'])} training and "
             f"{len(found['test'])} test images"
         )
     classes = sorted({label for label, _ in found["train"]})
@@ -59,16 +53,28 @@ def _files(path):
     if not path.is_dir():
         raise FileNotFoundError(f"pywino.data.image_folder: there is no folder or archive {path}")
     for file in sorted(path.glob("*/*/*")):
-        if file.suffix.lower() in _SUFFIXES and file.is_file():
+        if file.suffix.lower() in SUFFIXES and file.is_file():
             yield str(file.relative_to(path)), file.read_bytes()
 
 
-def _decoded(image_module, path, content, mode, size):
+def decoded(
+    path: str | os.PathLike,
+    content: bytes,
+    mode: str = "RGB",
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """(C, H, W) bytes of a picture's file. `path` is for errors."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise RuntimeError(
+            "pywino.data: decoding pictures needs Pillow; type `pip install pillow`"
+        ) from error
     try:
         with warnings.catch_warnings():
             # A few bytes that unpack to gigabytes only warn by default.
-            warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            with image_module.open(io.BytesIO(content), formats=_FORMATS) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 image = image.convert(mode)
                 if size is not None and image.size != size[::-1]:
                     image = image.resize(size[::-1])

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or `torch.save` file by their names, without a `module.` in
+    front of every name (DataParallel's). Pickled objects are refused."""
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights: there is no file {path}")
     try:
@@ -24,13 +27,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"load_weights: {path} cannot be read as a file of tensors ({reason}); "
             "write it with torch.save(model.state_dict(), path) or as .safetensors"
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for key in ("state_dict", "model"):  # where trainers keep it beside other things
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise RuntimeError(
             f"load_weights: {path} must hold a state_dict (names to tensors), "
             f"got {type(content).__name__}"
         )
+    if content and all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
 
 
@@ -41,9 +47,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     otherwise a RuntimeError lists what does not and the model is left as it was. Pickled objects
     are refused.
     """
-    state = _read(Path(path))
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return load_state(model, read_weights(path), path)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> nn.Module:
+    """`load_weights` with what was read from `path`."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown to the model" for name in state if name not in expected]

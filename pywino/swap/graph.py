@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.swap.configs import HANDLERS, WinogradReLU, warn
 from pywino.swap.layers import (
@@ -44,7 +45,10 @@ from pywino.swap.report import Layer, Report, reasons
 _RELU_CALLS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 _ADD_CALLS = {operator.add, torch.add, "add"}
 _ADD_INTO_CALLS = {operator.iadd, "add_"}  # these write into their first argument
-_FRESH = {nn.Conv2d, nn.BatchNorm2d, WinogradConv2d, WinogradReLUConv2d}  # output is new memory
+# With running statistics both are the same affine map in eval mode.
+_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
+_FUSIBLE = (WinogradConv2d, DilatedConv2d)  # they take a residual and a ReLU
+_FRESH = {nn.Conv2d, *_NORMS, *_FUSIBLE, WinogradReLUConv2d}  # output is new memory
 _MAX_OPTIONAL = 4  # every combination of a forward's optional arguments is traced
 
 
@@ -62,9 +66,12 @@ def fuse_(model: nn.Module) -> nn.Module:
     """Moves BatchNorm, ReLU and residual add into the convolution before them. Eval mode only.
 
     Fused are, where nothing else uses what lies between:
-        convolution (any `nn.Conv2d` or `WinogradConv2d`) -> BatchNorm2d with running statistics
+        convolution (any `nn.Conv2d` or `WinogradConv2d`) -> BatchNorm2d with running statistics,
+            and InstanceNorm2d that keeps them, likewise
         WinogradConv2d [-> BatchNorm2d] [-> + residual] -> ReLU (module or function)
         WinogradConv2d [-> BatchNorm2d] -> + residual (new, or into the convolution's output)
+    A DilatedConv2d counts as a WinogradConv2d.
+
     Not fused: other activations, functional or frozen BatchNorm, `alpha * residual`, modules with
     hooks, convolutions that are called more than once or whose weights are read elsewhere, and
     everything under a forward that torch.fx cannot trace (it is named, with fx's words; fuse_ a
@@ -94,14 +101,15 @@ def fuse_(model: nn.Module) -> nn.Module:
     for block in survey.blocks:
         for node, conv in list(block.convolutions()):
             fused, reason = _fuse_one(edits, block, node, conv)
-            if fused or type(conv) is WinogradConv2d:
+            if fused or type(conv) in _FUSIBLE:
                 action = "fuse" if fused else "leave"
                 reason = "; ".join(filter(None, [" + ".join(fused), reason]))
                 rows.append(Layer(block.name_of(node.target), type(conv).__name__, action, reason))
     seen = {row.fqn for row in rows}
     for module, names in named_layers(model):
-        if type(module) is WinogradConv2d and not seen.intersection(names):
-            rows.append(Layer(names[0], "WinogradConv2d", "leave", "its caller was not traced"))
+        if type(module) in _FUSIBLE and not seen.intersection(names):
+            kind = type(module).__name__
+            rows.append(Layer(names[0], kind, "leave", "its caller was not traced"))
     model = edits.apply()
     notes = [f"{fqn or 'the model'} cannot be traced: {reason}" for fqn, reason in survey.untraced]
     report = Report(rows, "fuse_", notes)
@@ -240,7 +248,7 @@ class _Block:
         for graph in self.graphs:
             for node in list(graph.nodes):
                 child = self.child(node)
-                if type(child) in (nn.Conv2d, WinogradConv2d) and child not in found:
+                if type(child) in (nn.Conv2d, *_FUSIBLE) and child not in found:
                     found.add(child)
                     yield node, child
 
@@ -256,7 +264,7 @@ class _Block:
                         around = [inputs[0], *around] if inputs else around
                     while (after := _sole_user(around[-1])) is not None:
                         around.append(after)
-                        kept_in = type(self.child(after)) in (nn.BatchNorm2d, nn.Identity)
+                        kept_in = type(self.child(after)) in (*_NORMS, nn.Identity)
                         if not kept_in and not _adds(after):
                             break
                     found.add(tuple((n.op, n.target, len(n.users)) for n in around))
@@ -458,25 +466,26 @@ def _fuse_one(
     after = _skip_identities(block, chain)
 
     bn = block.child(after)
-    if type(bn) is nn.BatchNorm2d and getattr(conv, "activation", None) is None:
+    if type(bn) in _NORMS and getattr(conv, "activation", None) is None:
+        norm = type(bn).__name__.removesuffix("2d")
         if bn.running_mean is None:
-            return fused, "the BatchNorm after it has no running statistics"
+            return fused, f"the {norm} after it has no running statistics"
         if _has_hooks(bn):
-            return fused, "the BatchNorm after it has hooks"
+            return fused, f"the {norm} after it has hooks"
         if survey.called_once(bn):
             edits.replace(bn, nn.Identity().train(bn.training))
             chain.append(after)
         elif block.rigid:
-            return fused, f"its BatchNorm is called more than once, and {block.rigid}"
+            return fused, f"its {norm} is called more than once, and {block.rigid}"
         else:
             _erase(after, chain[-1])
             block.edited = True
         edits.actions.append(lambda: _fold(conv, bn))
-        fused.append(f"BatchNorm {block.name_of(after.target)}")
+        fused.append(f"{norm} {block.name_of(after.target)}")
         after = _skip_identities(block, chain)
 
     if (
-        type(conv) is not WinogradConv2d
+        type(conv) not in _FUSIBLE
         or conv.activation is not None
         or len(node.args) + len(node.kwargs) != 1
     ):
@@ -608,7 +617,7 @@ def _graph_calls(model: nn.Module) -> Iterator[tuple[fx.GraphModule, fx.Node, Wi
             for node in list(module.graph.nodes):
                 if node.op == "call_module":
                     conv = module.get_submodule(node.target)
-                    if type(conv) is WinogradConv2d and (conv.activation or len(node.args) > 1):
+                    if type(conv) in _FUSIBLE and (conv.activation or len(node.args) > 1):
                         yield module, node, conv
 
 
@@ -620,9 +629,7 @@ def fused_elsewhere(model: nn.Module) -> set[int]:
     """Ids of layers with a ReLU that `unfuse` could not give back."""
     given_back = {id(relu._conv[0]) for relu in _fused_modules(model)}
     given_back |= {id(conv) for _, _, conv in _graph_calls(model)}
-    layers = {
-        id(m) for m in model.modules() if type(m) is WinogradConv2d and m.activation is not None
-    }
+    layers = {id(m) for m in model.modules() if type(m) in _FUSIBLE and m.activation is not None}
     return layers - given_back
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from pywino.train.checkpoint import write_whole
 
-_BLUE, _GREY = "#2a6f97", "#9aa5b1"
+_COLORS = ("#2a6f97", "#9aa5b1", "#d1883f", "#7d5a9c")
 
 
-def write_curves(folder: Path, rows: list[dict], title: str) -> None:
-    """log.jsonl, curves.csv and, where matplotlib is installed, curves.png."""
+def write_curves(
+    folder: Path, rows: list[dict], title: str, panels: dict[str, tuple[str, ...]]
+) -> None:
+    """log.jsonl, curves.csv and, where matplotlib is installed, curves.png. panels: label of each
+    of the picture's four parts -> columns that it shows."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_whole(folder / "log.jsonl", lines.encode())
     text = io.StringIO()
@@ -20,14 +23,13 @@ def write_curves(folder: Path, rows: list[dict], title: str) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(folder / "curves.csv", text.getvalue().encode())
-    picture = draw(rows, title)
+    picture = draw(rows, title, panels)
     if picture is not None:
         write_whole(folder / "curves.png", picture)
 
 
-def draw(rows: list[dict], title: str) -> bytes | None:
-    """PNG of accuracy, batch size, learning rate and momentum over the epochs; None without
-    matplotlib."""
+def draw(rows: list[dict], title: str, panels: dict[str, tuple[str, ...]]) -> bytes | None:
+    """PNG of the panels over the epochs; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -36,14 +38,8 @@ def draw(rows: list[dict], title: str) -> bytes | None:
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     epochs = [row["epoch"] + 1 for row in rows]
-    panels = {
-        "accuracy": {"test_accuracy": _BLUE, "held_out_accuracy": _GREY},
-        "batch size": {"batch_size": _BLUE},
-        "learning rate": {"lr": _BLUE},
-        "momentum": {"momentum": _BLUE},
-    }
     for axes, (label, columns) in zip(figure.subplots(2, 2).flat, panels.items()):
-        for name, color in columns.items():
+        for name, color in zip(columns, _COLORS):
             axes.plot(epochs, [row[name] for row in rows], ".-", color=color, label=name)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)

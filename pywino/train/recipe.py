@@ -81,7 +81,7 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: str | os.PathLike) -> "Recipe":
         """A recipe from a file of `name = value` lines."""
-        return cls(**read_toml(path))
+        return cls(**read_toml(path, cls))
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -105,14 +105,14 @@ class Recipe:
         return MODELS[self.model](num_classes, in_channels, self.conv, **options)
 
 
-def read_toml(path: str | os.PathLike) -> dict:
-    """The values of a recipe file, by the names of Recipe's fields."""
+def read_toml(path: str | os.PathLike, recipe: type = Recipe) -> dict:
+    """The values of a recipe file, by the names of the fields of a recipe's class."""
     with open(path, "rb") as file:
         try:
             values = tomllib.load(file)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"pywino.train: {Path(path)} must be a TOML file: {error}") from error
-    known = [field.name for field in fields(Recipe)]
+    known = [field.name for field in fields(recipe)]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(

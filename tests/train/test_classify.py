@@ -20,7 +20,7 @@ from pywino import planner
 from pywino.models import WeightedAverageStack
 from pywino.optim import MicroBatches
 from pywino.train import Recipe, classify, classify_stack, load_checkpoint, save_checkpoint
-from pywino.train.classify import _Run
+from pywino.train.run import Run
 
 # Sourced by the processes that are killed too.
 SETUP = """
@@ -214,7 +214,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_kill_between_the_last_files(whole, tmp_path, monkeypatch):
     """Whichever file of the last epoch was the last to be written, the resumed run completes
     them."""
-    module = sys.modules[_Run.__module__]
+    module = sys.modules[Run.__module__]
     write = module.write_whole
     torch.set_num_threads(1)
     for name in ("last.safetensors", "recipe.json"):
