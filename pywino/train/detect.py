@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pywino import swap_
+import pywino
 from pywino.data.detection import LabelledPictures, Scenes, Stamps, collate
 from pywino.data.drawing import TRUTH, color_of, draw_boxes, to_image
 from pywino.data.photos import photos
@@ -217,7 +217,7 @@ class _Run(Run):
         torch.manual_seed(recipe.seed)
         self.net = recipe.build(len(self.classes))
         if recipe.swap:
-            swap_(self.net)
+            pywino.swap_(self.net)
         self.net.to(device, memory_format=torch.channels_last)
         self.networks = {"model": self.net}
         layers = getattr(self.net.trunk, "features", self.net.trunk).children()
