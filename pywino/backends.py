@@ -206,7 +206,7 @@ def _elementwise_cpu(call, algorithm):
     return None
 
 
-def _sparse_conv_cpu(call, algorithm):
+def _direct_cpu(call, algorithm):
     reason = _no_cpu_library(call)
     if reason is not None:
         return reason
@@ -237,4 +237,5 @@ for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_
 for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
-register("cpu", "sparse_conv2d", _sparse_conv_cpu)
+register("cpu", "sparse_conv2d", _direct_cpu)
+register("cpu", "masked_conv2d", _direct_cpu)

@@ -20,7 +20,7 @@ ROOMS = re.search(r"set\(PYWINO_ROOMS ([\w ]+)\)", (ROOT / "CMakeLists.txt").rea
 BORROWING_ROOMS = ["dilated_conv"]
 ALL_ROOMS = [*ROOMS, *BORROWING_ROOMS]
 # Which other rooms' functions and ops a room may call.
-CALLS = {"conv_lstm": {"winograd"}, "dilated_conv": {"winograd"}}
+CALLS = {"conv_lstm": {"winograd"}, "dilated_conv": {"winograd"}, "masked_conv": {"winograd"}}
 
 NATIVE_FILES_OF_A_ROOM = [
     "csrc/core/{0}/{0}.h",

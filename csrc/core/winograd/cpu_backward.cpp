@@ -8,7 +8,7 @@
 #include "../common/scratch.h"
 #include "../common/simd.h"
 #include "patches.h"
-#include "product.h"
+#include "../common/product.h"
 #include "tiles.h"
 #include "transforms.h"
 #include "winograd.h"

@@ -18,7 +18,7 @@
 //   M  [xi][tile][panel's width]
 #include "../common/scratch.h"
 #include "../common/simd.h"
-#include "product.h"
+#include "../common/product.h"
 #include "stages.h"
 #include "tiles.h"
 #include "transforms.h"

@@ -18,7 +18,7 @@
 // entries first.
 #include "../common/scratch.h"
 #include "../common/simd.h"
-#include "product.h"
+#include "../common/product.h"
 #include "sparse.h"
 #include "stages.h"
 #include "tiles.h"

@@ -18,7 +18,7 @@
 #include <type_traits>
 
 #include "../common/simd.h"
-#include "product.h"
+#include "../common/product.h"
 #include "winograd.h"
 
 namespace pywino::winograd {

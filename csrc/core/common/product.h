@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The matrix product of one position xi of the Winograd domain, in registers.
+// The matrix product that the convolutions are made of, in registers.
 #pragma once
 
-#include "../common/simd.h"
+#include "simd.h"
 
-namespace pywino::winograd {
+namespace pywino {
 namespace {
 
 // What a call may keep beside its filter, input and output.
@@ -101,4 +101,4 @@ struct Depth {
 };
 
 }  // namespace
-}  // namespace pywino::winograd
+}  // namespace pywino

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Masked convolution: the reference by hand, every mask against float64, the layer, what is
+refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import pywino
+from pywino import backends, planner
+from pywino.ops import masked_conv as rules
+from pywino.reference import masked_conv as reference
+from pywino.testing import assert_close_to_reference
+
+ops = torch.ops.pywino
+# Sums of up to 9 * 40 products in fp32, cut after 128: no worse than PyTorch's own, with room for
+# another order of terms.
+K = 4
+GEOMETRIES = [
+    ((3, 3), (1, 1)),
+    ((3, 3), (2, 3)),
+    ((1, 1), (1, 1)),
+    ((5, 2), (1, 1)),
+    ((2, 4), (3, 1)),
+]
+
+
+def mask_of(name, n, h, w):
+    mask = torch.zeros(n, 1, h, w, dtype=torch.bool)
+    if name == "full":
+        mask[:] = True
+    elif name == "one":
+        mask[-1, 0, h // 2, w - 1] = True
+    elif name == "random":
+        mask = torch.rand(n, 1, h, w) < 0.3
+    elif name == "streaks":
+        for i in range(n):
+            for y in range(h):
+                mask[i, 0, y, (3 * y + i) % w] = True
+    elif name == "different":  # none, all, a cluster
+        mask[1 % n] = True
+        mask[2 % n, 0, : h // 2, w // 3 :] = True
+    elif name == "shared":
+        mask = torch.rand(1, 1, h, w) < 0.5
+    return mask
+
+
+MASKS = ("empty", "full", "one", "random", "streaks", "different", "shared")
+
+
+def tensors(c=19, k=21, size=(9, 14), n=3, kernel=(3, 3), dtype=torch.float32, channels_last=False):
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(n, c, *size).to(dtype).contiguous(memory_format=format)
+    return x, torch.randn(k, c, *kernel).to(dtype), torch.randn(k).to(dtype)
+
+
+def op(x, mask, weight, bias=None, dilation=(1, 1), backend="cpu"):
+    padding = rules.front(weight.shape[2:], dilation)
+    return ops.masked_conv2d(x, mask, weight, bias, padding, dilation, backend)
+
+
+def test_reference_by_hand():
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)[None, None]
+    x[~mask] = float("nan")
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 1] = torch.tensor([1.0, 10.0, 100.0])  # left, centre, right
+    y = reference.masked_conv2d(x, mask, weight, torch.tensor([1000.0]))
+    assert y[0, 0, 0].tolist() == [1000 + 0 * 10 + 1 * 100, 1000 + 0 + 1 * 10, 0, 0]
+    assert y[0, 0, 1].tolist() == [0, 0, 0, 0]
+    assert y[0, 0, 2].tolist() == [0, 0, 1000 + 10 * 10 + 11 * 100, 1000 + 10 + 11 * 10]
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), GEOMETRIES, ids=str)
+def test_reference_is_pytorchs_between_two_masks(kernel, dilation):
+    x, weight, bias = tensors(3, 4, kernel=kernel, dtype=torch.float64)
+    mask = mask_of("random", 3, 9, 14)
+    expected = F.conv2d(x * mask, weight, bias, padding="same", dilation=dilation) * mask
+    actual = reference.masked_conv2d(x, mask, weight, bias, dilation=dilation)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("kernel", "dilation"), GEOMETRIES, ids=str)
+def test_forward_and_backward(isa, kernel, dilation, name, channels_last):
+    for c, k in ((19, 21), (16, 5), (32, 40)):
+        made = tensors(c, k, kernel=kernel, channels_last=channels_last)
+        mask = mask_of(name, 3, 9, 14)
+        grad = torch.randn(3, k, 9, 14)
+
+        def run(function, dtype, made=made, grad=grad):
+            wanted = [t.to(dtype).requires_grad_() for t in made]
+            y = function(*wanted)
+            return y, *torch.autograd.grad(y, wanted, grad.to(dtype))
+
+        def plain(x, weight, bias, mask=mask):
+            padded = F.conv2d(x * mask, weight, bias, padding="same", dilation=dilation)
+            return padded * mask
+
+        exact, peer = run(plain, torch.float64), run(plain, torch.float32)
+        ours = run(lambda x, w, b, mask=mask: op(x, mask, w, b, dilation), torch.float32)
+        for a, b, c_ in zip(ours, exact, peer, strict=True):
+            if b.abs().max() == 0:
+                assert not a.any()
+            else:
+                assert_close_to_reference(a, b, c_, K)
+        assert backends.is_channels_last(ours[0]) == channels_last
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_16_bit_floats_are_rounded_once(isa, dtype, channels_last):
+    x, weight, bias = tensors(33, 34, dtype=dtype, channels_last=channels_last)
+    mask = mask_of("random", 3, 9, 14)
+    actual = op(x, mask, weight, bias)
+    expected = reference.masked_conv2d(x.double(), mask, weight.double(), bias.double())
+    assert actual.dtype == dtype
+    # Half a unit in the last place of the largest, and what fp32 sums add to it.
+    unit = torch.finfo(dtype).eps * expected.abs().max()
+    assert (actual - expected).abs().max() <= 0.51 * unit
+
+
+@pytest.mark.native
+def test_what_lies_outside_is_neither_read_nor_written(isa):
+    x, weight, bias = tensors()
+    mask = mask_of("random", 3, 9, 14)
+    expected = op(x, mask, weight, bias)
+    spoilt = torch.where(mask, x, float("nan"))
+    for backend in ("cpu", "aten", "auto"):
+        actual = op(spoilt, mask, weight, bias, backend=backend)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert not actual.masked_select(~mask).any()
+
+
+@pytest.mark.native
+def test_many_pixels_same_bits_for_any_number_of_threads():
+    x, weight, bias = tensors(64, 64, (40, 61), 2)
+    mask = mask_of("random", 2, 40, 61)
+    expected = op(x, mask, weight, bias)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(op(x, mask, weight, bias), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradcheck_twice():
+    x, weight, bias = (t.requires_grad_() for t in tensors(2, 3, (4, 5), 2, dtype=torch.float64))
+    mask = mask_of("random", 2, 4, 5)
+    function = lambda *t: op(t[0], mask, *t[1:], backend="auto")  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(channels_last):
+    x, weight, bias = (
+        t.requires_grad_() for t in tensors(4, 5, (5, 6), channels_last=channels_last)
+    )
+    mask = mask_of("random", 3, 5, 6)
+    opcheck(ops.masked_conv2d.default, (x, mask, weight, bias, (1, 1), (1, 1), "auto"))
+    grad = torch.randn(3, 5, 5, 6)
+    opcheck(ops.masked_conv2d_backward_weight.default, (grad, x, mask, (3, 3), (1, 1), (1, 1)))
+
+
+def test_compile_and_autocast():
+    layer = pywino.MaskedConv2d(8, 9, 3)
+    x, mask = torch.randn(2, 8, 7, 9), mask_of("random", 2, 7, 9)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, mask), layer(x, mask), rtol=1e-4, atol=1e-5)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), torch.autocast("cpu", torch.bfloat16):
+            y = layer(x, mask)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), layer(x, mask), rtol=3e-2, atol=3e-2)
+
+
+def test_layer_is_pytorchs_between_two_masks():
+    conv = torch.nn.Conv2d(5, 6, 3, padding="same", dilation=2)
+    layer = pywino.MaskedConv2d(5, 6, 3, dilation=2)
+    layer.load_state_dict(conv.state_dict())
+    x, mask = torch.randn(5, 9, 8), mask_of("random", 1, 9, 8)
+    for masked in (mask, mask[0]):
+        for context in (torch.enable_grad, torch.no_grad):
+            with context():
+                expected = conv(x * mask[0]) * mask[0]
+                torch.testing.assert_close(layer(x, masked), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # the packed weight follows
+        expected = F.conv2d(x * mask[0], layer.weight, layer.bias, padding=2, dilation=2) * mask[0]
+        torch.testing.assert_close(layer(x, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.native
+def test_auto_takes_the_quicker(monkeypatch):
+    x, weight, _ = tensors(16, 16, (20, 20), 1)
+    mask = mask_of("random", 1, 20, 20)
+    list, _ = rules.pixels_of(mask, 1)
+    where = ((1, 1), (1, 1), "auto")
+    for wins in (True, False):
+        planner.reset()
+        monkeypatch.setenv("PYWINO_PLAN", "memory")
+        monkeypatch.setattr(rules, "_beats_dense", lambda *_, wins=wins: wins)
+        assert rules.choose(x, list, weight, *where) == ("pixels" if wins else "dense")
+    planner.reset()
+    monkeypatch.setenv("PYWINO_PLAN", "static")
+    assert rules.choose(x, list, weight, *where) == "pixels"
+    full, _ = rules.pixels_of(mask_of("full", 1, 20, 20), 1)
+    assert rules.choose(x, full, weight, *where) == "dense"
+    planner.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mask": torch.ones(2, 1, 5, 6)}, RuntimeError, "mask must be bool, got torch.float32"),
+        ({"mask": None}, TypeError, "mask must be a tensor, got NoneType"),
+        (
+            {"mask": torch.ones(2, 1, 6, 5, dtype=torch.bool)},
+            RuntimeError,
+            r"mask must be \(2 or 1, 1, 5, 6\), got \(2, 1, 6, 5\)",
+        ),
+        (
+            {"mask": torch.ones(3, 1, 5, 6, dtype=torch.bool)},
+            RuntimeError,
+            r"mask must be \(2 or 1, 1, 5, 6\)",
+        ),
+        ({"padding": 0}, RuntimeError, r"padding must be 'same' or \(1, 1\)"),
+        ({"padding": "valid"}, RuntimeError, "padding must be 'same'"),
+        ({"backend": "tpu"}, RuntimeError, "backend must be one of"),
+        ({"weight": torch.ones(3, 5, 3, 3)}, RuntimeError, "input must be of 5 channels"),
+        ({"bias": torch.ones(4)}, RuntimeError, r"bias must be \(3,\)"),
+    ],
+)
+def test_what_is_refused(change, error, message):
+    arguments = {
+        "input": torch.ones(2, 4, 5, 6),
+        "mask": torch.ones(1, 1, 5, 6, dtype=torch.bool),
+        "weight": torch.ones(3, 4, 3, 3),
+    }
+    pywino.masked_conv2d(**arguments)
+    with pytest.raises(error, match=message):
+        pywino.masked_conv2d(**(arguments | change))
+
+
+def test_layers_that_cannot_be():
+    for change, message in (
+        ({"stride": 2, "padding": 1}, "stride must be"),
+        ({"groups": 2}, "groups must be 1"),
+        ({"padding_mode": "reflect"}, "padding_mode must be zeros"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            pywino.MaskedConv2d(4, 4, 3, **change)
