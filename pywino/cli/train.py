@@ -257,3 +257,14 @@ def _derain():
     interrupted goes on exactly where it was: the same line with --resume. torchrun starts it on
     several ranks: `torchrun --nproc-per-node 2 -m pywino train derain …`.
     """
+
+
+@restoration_command("deblur", training.DeblurRecipe)
+def _deblur():
+    """Train Deblur-YOLO's generator into a folder, with log, curves, sample pictures, checkpoints.
+
+    On clean photos, which random camera shake blurs as they are read, or on a paired folder. First
+    with --encoder and --phase content, then with --init and --phase whole. A run that was
+    interrupted goes on exactly where it was: the same line with --resume. torchrun starts it on
+    several ranks: `torchrun --nproc-per-node 2 -m pywino train deblur …`.
+    """

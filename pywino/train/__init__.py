@@ -8,12 +8,14 @@ rows = train_restoration(DerainRecipe(data="photos", rain="heavy"), "runs/derain
 
 from pywino.train.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from pywino.train.classify import classify, classify_stack
+from pywino.train.deblur import DeblurRecipe
 from pywino.train.derain import DerainRecipe
 from pywino.train.recipe import Recipe
 from pywino.train.restoration import Learner, RestorationRecipe, train_restoration
 from pywino.train.run import Listener
 
 __all__ = [
+    "DeblurRecipe",
     "DerainRecipe",
     "Learner",
     "Listener",
