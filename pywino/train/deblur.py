@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from pywino import models
 from pywino.data.blur import LENGTH, SIZE, blur, trajectory_kernels
-from pywino.losses import RelativisticCritic
-from pywino.losses.detection import DetectionLoss
+from pywino.losses import DetectionLoss, FeatureLoss, RelativisticCritic
 from pywino.train.restoration import Learner, RestorationRecipe, option
 
 PHASES = ("content", "whole")
@@ -138,6 +137,8 @@ class DeblurRecipe(RestorationRecipe):
         super().__post_init__()
         if self.phase not in PHASES:
             self.refuse("phase", f"one of {', '.join(PHASES)}")
+        if self.batch_size < 2 and self.crop <= 32:
+            self.refuse("batch_size", "2 or more for such small crops")
         if not 0 <= self.shortest <= self.longest:
             self.refuse("shortest", f"between 0 and longest ({self.longest})")
         if not self.clip > 0:
@@ -171,8 +172,6 @@ class DeblurRecipe(RestorationRecipe):
         terms, critics = {}, {}
         if self.phase == "whole":
             if self.vgg:
-                from pywino.losses.feature import FeatureLoss
-
                 terms["perceptual"] = (PERCEPTUAL, FeatureLoss(self.vgg))
             if self.detector:
                 detector = models.small_yolo(self.classes, self.detector)

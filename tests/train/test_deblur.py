@@ -236,6 +236,7 @@ def test_the_encoder_may_stay(files):
     [
         ({"phase": "half"}, "phase must be one of content, whole"),
         ({"shortest": 9.0, "longest": 3.0}, "shortest must be between 0 and longest"),
+        ({"batch_size": 1}, "batch_size must be 2 or more for such small crops"),
         ({"clip": 0.0}, "clip must be more than 0"),
         ({"vgg": "vgg.pth"}, "phase must be 'whole' for vgg"),
         ({"phase": "whole", "detector": "d", "crop": 40}, "crop must be a multiple of 32"),
@@ -251,7 +252,7 @@ def test_command(files, tmp_path):
     for i in range(3):
         (tmp_path / "photos" / f"{i}.png").write_bytes(photo(i))
     arguments = ["deblur", "--data", tmp_path / "photos", "--out", tmp_path / "run"]
-    arguments += ["--encoder", files / "encoder.pth", "--crop", 32, "--batch-size", 1]
+    arguments += ["--encoder", files / "encoder.pth", "--crop", 32, "--batch-size", 2]
     arguments += ["--epochs", 1, "--steps", 2, "--validate", 1, "--largest", 32, "--balance"]
     result = CliRunner().invoke(train, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
