@@ -68,7 +68,17 @@ def _uniform(bounds: tuple[float, float], generator: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-RAIN = {
-    "light": Rain((1, 1), density=(0.0014, 0.0038), length=(9, 19), brightness=(0.05, 0.35)),
-    "heavy": Rain((2, 3), density=(0.002, 0.0048), length=(15, 35), brightness=(0.1, 0.55)),
-}
+@dataclass(frozen=True)
+class OneOf:
+    """One of several kinds of rain, each as likely."""
+
+    kinds: tuple[Rain, ...]
+
+    def __call__(self, clean: Tensor, generator: Generator) -> Tensor:
+        kind = int(torch.randint(len(self.kinds), (), generator=generator))
+        return self.kinds[kind](clean, generator)
+
+
+_LIGHT = Rain((1, 1), density=(0.0014, 0.0038), length=(9, 19), brightness=(0.05, 0.35))
+_HEAVY = Rain((2, 3), density=(0.002, 0.0048), length=(15, 35), brightness=(0.1, 0.55))
+RAIN = {"light": _LIGHT, "heavy": _HEAVY, "mixed": OneOf((_LIGHT, _HEAVY))}

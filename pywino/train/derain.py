@@ -5,30 +5,57 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pywino import models
+from pywino import losses, models
 from pywino.data.rain import RAIN
-from pywino.losses import ssim_loss
 from pywino.train.restoration import Learner, RestorationRecipe, option
 
-# Name -> term(restored, clean, degraded).
-TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "ssim": lambda restored, clean, degraded: ssim_loss(restored, clean),
-    "l1": lambda restored, clean, degraded: (restored - clean).abs().mean(),
+
+class _Term(nn.Module):
+    """A function of the restored and the clean picture as a module."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, restored: Tensor, clean: Tensor, degraded: Tensor) -> Tensor:
+        return self.function(restored, clean)
+
+
+# Name of a term -> (function of the recipe that builds it, the papers' weight).
+TERMS: dict[str, tuple[Callable[..., nn.Module], float]] = {
+    "ssim": (lambda recipe: _Term(losses.ssim_loss), 1.0),
+    "l1": (lambda recipe: _Term(nn.functional.l1_loss), 1.0),
+    "edge": (lambda recipe: losses.EdgeLoss(faithful=recipe.faithful), 0.05),
+    "urss": (
+        lambda recipe: losses.SegmentationLoss(
+            recipe.trunk, on="residual", faithful=recipe.faithful
+        ),
+        1.0,
+    ),
+    "ubs": (lambda recipe: losses.SegmentationLoss(recipe.trunk, faithful=recipe.faithful), 0.1),
+    "pcl": (lambda recipe: losses.PerceptualContrastiveLoss(recipe.vgg, recipe.faithful), 0.1),
+    "lpisl": (lambda recipe: losses.PerceptualSimilarityLoss(recipe.vgg, recipe.faithful), 0.1),
 }
 
 
 @dataclass(frozen=True)
 class DerainRecipe(RestorationRecipe):
-    """SAPNet on clean photos with synthetic rain, or on pairs. loss: terms, with weights where
-    they are not 1, as in ("ssim", "l1:0.5")."""
+    """SAPNet on clean photos with synthetic rain, or on pairs.
+
+    loss: terms, with weights where they are not the papers', as in ("ssim", "l1:0.5"): ssim, l1,
+    edge, urss and ubs (segmentation of the residual and of the image), pcl (perceptual contrastive)
+    and lpisl (learned perceptual similarity). faithful: as the published code has them."""
 
     rain: str = option("heavy", f"What falls on clean photos: {', '.join(RAIN)}.")
     attention: str = option("cra", "cra, ca, se or none.")
     dilation: tuple[int, ...] = option((1, 2, 4, 8, 16), "Of the residual blocks.")
     stages: int = option(6, "How often the weights are used.")
     loss: tuple[str, ...] = option(("ssim",), f"Terms, TERM or TERM:WEIGHT: {', '.join(TERMS)}.")
+    vgg: str | None = option(None, "VGG-16's weights for pcl and lpisl; stlpips-pytorch's if not.")
+    trunk: str | None = option(None, "ResNet-101's weights for urss and ubs.")
+    faithful: bool = option(False, "Losses as the published code has them.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,16 +63,22 @@ class DerainRecipe(RestorationRecipe):
             self.refuse("rain", f"one of {', '.join(RAIN)}")
         if self.attention not in ("cra", "ca", "se", "none"):
             self.refuse("attention", "cra, ca, se or none")
-        if not self.loss or any(name not in TERMS for name, _ in self.terms()):
-            self.refuse("loss", f"terms (TERM or TERM:WEIGHT) among {', '.join(TERMS)}")
+        names = [name for name, _ in self.terms()]
+        if not names or len(set(names)) < len(names) or not set(names) <= set(TERMS):
+            self.refuse("loss", f"terms (TERM or TERM:WEIGHT) among {', '.join(TERMS)}, each once")
+        if self.trunk is None and {"urss", "ubs"} & set(names):
+            self.refuse("trunk", "a file of ResNet-101's weights for urss and ubs")
 
     def terms(self) -> list[tuple[str, float]]:
         """(name, weight) of each term of the loss."""
-        parts = (term.partition(":") for term in self.loss)
-        try:
-            return [(name, float(weight or 1)) for name, _, weight in parts]
-        except ValueError:
-            self.refuse("loss", "terms, TERM or TERM:WEIGHT")
+        found = []
+        for term in self.loss:
+            name, _, weight = term.partition(":")
+            try:
+                found.append((name, float(weight or TERMS.get(name, (None, 1.0))[1])))
+            except ValueError:
+                self.refuse("loss", "terms, TERM or TERM:WEIGHT")
+        return found
 
     def degrade(self):
         return (RAIN[self.rain],)
@@ -54,8 +87,19 @@ class DerainRecipe(RestorationRecipe):
         attention = None if self.attention == "none" else self.attention
         net = self.started(models.sapnet(attention, self.dilation, self.stages))
         net = net.to(memory_format=torch.channels_last)
+        return Learner(net, _Sum(self), torch.optim.Adam(net.parameters(), self.lr))
 
-        def loss(restored, clean, degraded):
-            return {n: w * TERMS[n](restored, clean, degraded) for n, w in self.terms()}
 
-        return Learner(net, loss, torch.optim.Adam(net.parameters(), self.lr))
+class _Sum(nn.Module):
+    """The terms of a recipe's loss, weighted."""
+
+    def __init__(self, recipe: DerainRecipe):
+        super().__init__()
+        self.weights = dict(recipe.terms())
+        self.functions = nn.ModuleDict({name: TERMS[name][0](recipe) for name in self.weights})
+
+    def forward(self, restored: Tensor, clean: Tensor, degraded: Tensor) -> dict[str, Tensor]:
+        return {
+            name: weight * self.functions[name](restored, clean, degraded)
+            for name, weight in self.weights.items()
+        }

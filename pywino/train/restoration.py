@@ -39,7 +39,8 @@ class Learner:
     """A network, its loss and its optimizer. A method that trains several networks (a
     discriminator) overrides `__init__` and `step`.
 
-    loss: (restored, clean, degraded) -> its terms, weighted: their sum is minimised.
+    loss: (restored, clean, degraded) -> its terms, weighted: their sum is minimised. One that is a
+    module goes to the device too.
 
     The run reads `networks` and `optimizers`, by name; the first network restores. It puts
     DistributedDataParallel's wrappers into `models` where there are several ranks, and sets
@@ -205,6 +206,8 @@ class _Run(Run):
         self.networks = self.learner.networks
         for net in self.networks.values():
             net.to(device)
+        if isinstance(self.learner.loss, nn.Module):
+            self.learner.loss.to(device)
         torch.manual_seed(recipe.seed + rank)  # dropout differs between ranks
         if ranks > 1:
             self.learner.models = {

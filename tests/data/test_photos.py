@@ -248,6 +248,16 @@ def test_rain_falls_as_its_seed_says():
         assert float(side.mean()) - 0.25 == pytest.approx(middle, rel=0.25)
 
 
+def test_mixed_rain_is_one_of_both():
+    clean = torch.full((3, 96, 96), 0.3)
+    wet = [
+        float((RAIN["mixed"](clean, torch.Generator().manual_seed(seed)) - clean).mean())
+        for seed in range(40)
+    ]
+    light = sum(value < 0.04 for value in wet)
+    assert 10 < light < 30
+
+
 @pytest.mark.parametrize(
     ("name", "decibels", "similarity"),
     [("light", (24, 29), (0.75, 0.92)), ("heavy", (12, 18), (0.25, 0.55))],

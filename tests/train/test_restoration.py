@@ -13,6 +13,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from pywino import losses
 from pywino.cli.train import train
 from pywino.train import (
     DerainRecipe,
@@ -273,15 +274,57 @@ def test_recipes_that_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rain": "hail"}, "rain must be one of light, heavy"),
+        ({"rain": "hail"}, "rain must be one of light, heavy, mixed"),
         ({"attention": "self"}, "attention must be cra, ca, se or none"),
         ({"loss": ("l3",)}, r"loss must be terms \(TERM or TERM:WEIGHT\) among ssim"),
         ({"loss": ("l1:much",)}, "loss must be terms"),
+        ({"loss": ("l1", "l1:2")}, "loss must be terms .*, each once"),
+        ({"loss": ("ssim", "ubs")}, "trunk must be a file of ResNet-101's weights"),
     ],
 )
 def test_derain_recipes_that_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         DerainRecipe(data="photos", **changes)
+
+
+def test_terms_and_their_weights():
+    """The papers' weights where none is given; each term is the loss of its name."""
+    once = DerainRecipe(data="photos", loss=("ssim", "l1:0.5", "edge"), faithful=True)
+    assert once.terms() == [("ssim", 1), ("l1", 0.5), ("edge", 0.05)]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 1, 3, 16, 16, generator=generator)
+    terms = once.build().loss(*images)
+    x, clean, _ = images
+    wanted = {
+        "ssim": losses.ssim_loss(x, clean),
+        "l1": (x - clean).abs().mean() / 2,
+        "edge": 0.05 * losses.EdgeLoss(faithful=True)(x, clean),
+    }
+    assert list(terms) == list(wanted)
+    for name in wanted:
+        torch.testing.assert_close(terms[name], wanted[name])
+    published = DerainRecipe(data="photos", loss=("pcl", "lpisl"))
+    assert published.terms() == [("pcl", 0.1), ("lpisl", 0.1)]
+
+
+def test_terms_with_networks(monkeypatch):
+    """The files and `faithful` go where they belong."""
+    seen = {}
+    for name in ("SegmentationLoss", "PerceptualContrastiveLoss", "PerceptualSimilarityLoss"):
+
+        def record(*args, name=name, **options):
+            seen[name, options.get("on")] = (*args, options.get("faithful"))
+            return torch.nn.Identity()
+
+        monkeypatch.setattr(losses, name, record)
+    names = ("urss", "ubs", "pcl", "lpisl")
+    DerainRecipe(data="photos", loss=names, vgg="v", trunk="t", faithful=True, stages=1).build()
+    assert seen == {
+        ("SegmentationLoss", "residual"): ("t", True),
+        ("SegmentationLoss", None): ("t", True),
+        ("PerceptualContrastiveLoss", None): ("v", True, None),
+        ("PerceptualSimilarityLoss", None): ("v", True, None),
+    }
 
 
 def test_a_recipe_that_degrades_nothing(tmp_path):
