@@ -138,25 +138,31 @@ def test_outputs_that_exist_are_kept(run, tmp_path):
 
 
 def test_average_precision_with_labels(run, tmp_path):
-    """Of two dogs one is found; the cats of score 0.1 are in the curve, though not in the list."""
+    """Of three dogs two are found; the cats of score 0.1 count, though they are not in the list."""
     pytest.importorskip("faster_coco_eval", reason="needs pywino[detect]")
     data = tmp_path / "data"
     for name, box in (("a", BOX), ("b", BOX), ("c", None)):
         write(data / "images" / f"{name}.png", box)
     (data / "labels").mkdir()
     line = f"1 {60 / 120} {52.5 / 90} {40 / 120} {45 / 90}\n"
-    (data / "labels" / "a.txt").write_text(line + "1 0.1 0.1 0.1 0.1\n")
-    (data / "labels" / "b.txt").write_text(line + "1 2 3\n")
+    # The cats' box, 9 x 9 on the canvas of 64 x 64: scale 64 / 120, 8 rows of grey above.
+    cat = f"0 {4.5 / 64} {0.5 / 48} {9 / 64} {1 / 48}\n"
+    (data / "labels" / "a.txt").write_text(line + cat + "1 0.1 0.1 0.1 0.1\n")
+    (data / "labels" / "b.txt").write_text(line + cat + "1 2 3\n")
     output = run(data, "--json", tmp_path / "r.json")
-    assert "b.txt, line 2: left out: it must have 5 columns" in output
+    assert "b.txt, line 3: left out: it must have 5 columns" in output
     report = json.loads((tmp_path / "r.json").read_text())
     scores = report["average_precision"]
-    assert scores["objects"] == 3
-    assert scores["classes"] == {"cat": None, "dog": pytest.approx(67 / 101)}
+    assert scores["objects"] == 5
+    assert scores["classes"] == {"cat": 1, "dog": pytest.approx(67 / 101)}
     assert all(len(row["detections"]) <= 1 for row in report["files"])
-    assert f"mAP@.5 {67 / 101:.4f}" in output
-    again = run(data / "images", "--labels", data / "labels")
-    assert f"mAP@.5 {67 / 101:.4f}" in again
+    assert f"mAP@.5 {(1 + 67 / 101) / 2:.4f}" in output
+    (data / "labels" / "b.txt").write_text(line)
+    (data / "labels" / "a.txt").write_text(line)
+    output = run(data / "images", "--labels", data / "labels", "--json", tmp_path / "r.json")
+    assert "mAP@.5 1.0000" in output
+    scores = json.loads((tmp_path / "r.json").read_text())["average_precision"]
+    assert scores["classes"] == {"cat": None, "dog": 1}
 
 
 def test_a_video(run, tmp_path):
@@ -164,7 +170,7 @@ def test_a_video(run, tmp_path):
     writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (96, 64))
     for x in (0, 30, 60):
         frame = np.zeros((64, 96, 3), np.uint8)
-        frame[20:50, x : x + 30] = 255
+        frame[20:50, x : x + 30, 2] = 255  # red
         writer.write(frame)
     writer.release()
     output = run(tmp_path / "v.avi", tmp_path / "out", "--json", tmp_path / "v.json")
@@ -174,6 +180,8 @@ def test_a_video(run, tmp_path):
     assert np.abs(np.subtract(left, (0, 30, 60))).max() < 4
     video = cv2.VideoCapture(str(tmp_path / "out" / "v.avi"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    blue, _, red = video.read()[1][40, 25]
+    assert red > 200 > 60 > blue
 
 
 def test_a_video_without_opencv_or_frames(run, tmp_path):

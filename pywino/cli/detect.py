@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-import pywino
 from pywino.cli.pictures import (
     PICTURES,
     Picture,
@@ -33,6 +32,7 @@ from pywino.data.drawing import color_of, draw_boxes, to_image
 from pywino.metrics import average_precision
 from pywino.models import YOLO, Detections, small_yolo, yolov3
 from pywino.models.yolo import COCO_CLASSES, STRIDE
+from pywino.swap import swap_
 
 _FOR_PRECISION = 0.01  # the least score that counts there: it wants the whole curve
 _SIZES = {"small": 320, "yolov3": 416}

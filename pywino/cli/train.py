@@ -289,3 +289,14 @@ def _detect(context: click.Context, config: Path | None, **values) -> None:
         for problem in data[0].problems:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
         training.detect(recipe, out, data=data, listener=listen("detect"), **options)
+
+
+@restoration_command("deblur", training.DeblurRecipe)
+def _deblur():
+    """Train Deblur-YOLO's generator into a folder, with log, curves, sample pictures, checkpoints.
+
+    On clean photos, which random camera shake blurs as they are read, or on a paired folder. First
+    with --encoder and --phase content, then with --init and --phase whole. A run that was
+    interrupted goes on exactly where it was: the same line with --resume. torchrun starts it on
+    several ranks: `torchrun --nproc-per-node 2 -m pywino train deblur …`.
+    """

@@ -7,7 +7,7 @@ x2, y2 in pixels and the class. It depends on the seed, the epoch and the index 
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from pywino.data.drawing import to_image
 from pywino.data.folder import SUFFIXES, decoded
 
 _GREY = 0.5  # around letterboxed images
@@ -411,6 +412,31 @@ def _boxes(owner: np.ndarray, labels: list[int]) -> Tensor:
         if len(rows):
             found.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1, label))
     return torch.tensor(np.array(found), dtype=torch.float32).view(-1, 5)
+
+
+def write_folder(
+    data: Dataset,
+    folder: str | os.PathLike,
+    count: int | None = None,
+    change: Callable[[Tensor, int], Tensor] = lambda image, index: image,
+) -> None:
+    """The first samples of a data set as a folder in YOLO's format: images/*.png, labels/*.txt and
+    classes.txt. change(image, index) gives what is written in an image's place, with the same
+    boxes: blurred, say. Needs Pillow."""
+    folder = Path(folder)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for index in range(len(data) if count is None else min(count, len(data))):
+        image, boxes = data.sample(index)
+        height, width = image.shape[1:]
+        lines = []
+        for x1, y1, x2, y2, label in boxes.tolist():
+            centre = f"{(x1 + x2) / 2 / width:.6f} {(y1 + y2) / 2 / height:.6f}"
+            size = f"{(x2 - x1) / width:.6f} {(y2 - y1) / height:.6f}"
+            lines.append(f"{int(label)} {centre} {size}\n")
+        to_image(change(image, index)).save(folder / "images" / f"{index:05}.png")
+        (folder / "labels" / f"{index:05}.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / "classes.txt").write_text("\n".join(data.classes) + "\n", encoding="utf-8")
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

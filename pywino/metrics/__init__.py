@@ -2,6 +2,6 @@
 """How good a result is."""
 
 from pywino.metrics.average_precision import average_precision
-from pywino.metrics.restoration import laplacian_psnr
+from pywino.metrics.laplacian_psnr import laplacian_psnr
 
 __all__ = ["average_precision", "laplacian_psnr"]

@@ -10,9 +10,9 @@ _MOST = 8  # times the width
 
 
 class PatchDiscriminator(nn.Module):
-    """(N, 3, H, W) -> (N, 1, about H / 2^layers, about W / 2^layers): one number a patch, without a
-    sigmoid. 4x4 convolutions with padding 2, LeakyReLU 0.2 between them: one to 64 channels,
-    `layers` that double them up to 512, one to 1.
+    """(N, 3, H, W), RGB in 0..1 -> (N, 1, about H / 2^layers, about W / 2^layers): one number a
+    patch, without a sigmoid. 4x4 convolutions with padding 2, LeakyReLU 0.2 between them: one to 64
+    channels, `layers` that double them up to 512, one to 1.
 
     All but the first and the last have their largest singular value divided out. Strides are 2,
     and 1 in the last two convolutions; with `all_stride2` they are 2 in these too. Train mode makes
@@ -36,7 +36,7 @@ class PatchDiscriminator(nn.Module):
         self.model = nn.Sequential(*modules, _conv(widths[-1], 1, last))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.model(input)
+        return self.model(2 * input - 1)
 
 
 def _conv(in_channels: int, channels: int, stride: int) -> nn.Conv2d:

@@ -9,6 +9,7 @@ rows = detect(DetectRecipe(data="photos", stamps="stamps"), "runs/detect")
 
 from pywino.train.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from pywino.train.classify import classify, classify_stack
+from pywino.train.deblur import DeblurRecipe
 from pywino.train.derain import DerainRecipe
 from pywino.train.detect import DetectRecipe, detect
 from pywino.train.recipe import Recipe
@@ -16,6 +17,7 @@ from pywino.train.restoration import Learner, RestorationRecipe, train_restorati
 from pywino.train.run import Listener
 
 __all__ = [
+    "DeblurRecipe",
     "DerainRecipe",
     "DetectRecipe",
     "Learner",

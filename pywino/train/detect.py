@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import pywino
 from pywino.data.detection import LabelledPictures, Scenes, Stamps, collate
 from pywino.data.drawing import TRUTH, color_of, draw_boxes, to_image
 from pywino.data.photos import photos
@@ -26,6 +25,7 @@ from pywino.optim import (
     DynamicBatchSGDM,
     MicroBatches,
 )
+from pywino.swap import swap_
 from pywino.train.checkpoint import write_whole
 from pywino.train.recipe import read_toml
 from pywino.train.restoration import option

@@ -308,6 +308,20 @@ def test_scenes_without_photos(stamps):
         Scenes([], Stamps(stamps))
 
 
+def test_a_folder_of_scenes(stamps, tmp_path):
+    """Written and read again they are the same, to the pixels' eight bits."""
+    scenes = Scenes(PHOTOS, Stamps(stamps), 96, count=3)
+    detection.write_folder(scenes, tmp_path / "out", 2, lambda image, index: image / (1 + index))
+    pictures = LabelledPictures(tmp_path / "out", 96)
+    assert pictures.classes == ("blue", "red")
+    assert len(pictures) == 2
+    for i in range(2):
+        image, boxes = scenes.sample(i)
+        got, got_boxes = pictures.sample(i)
+        torch.testing.assert_close(got, image / (1 + i), rtol=0, atol=0.0021)
+        torch.testing.assert_close(got_boxes, boxes, rtol=0, atol=1e-3)
+
+
 def test_collate():
     images, targets = collate(
         [(torch.zeros(3, 4, 4), torch.ones(2, 5)), (torch.ones(3, 4, 4), torch.zeros(0, 5))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Measures of restored images."""
+"""The PSNR of Laplacians, by hand."""
 
 import math
 

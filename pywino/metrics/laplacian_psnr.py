@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Measures of restored images that other libraries do not have."""
+"""The PSNR of Laplacians."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Training of Deblur-YOLO's generator: its terms, its two phases, norms that stay."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pywino.cli.train import train
+from pywino.data import Pairs, Photos
+from pywino.models import deblur_yolo, mobilenet_v2, small_yolo
+from pywino.train import DeblurRecipe, Listener, load_checkpoint, train_restoration
+from pywino.train.deblur import _GATHER
+
+image = pytest.importorskip("PIL.Image", reason="photos need Pillow")
+
+SMALL = {
+    "data": "here", "epochs": 2, "steps": 12, "batch_size": 2, "crop": 32, "validate": 1,
+    "largest": 32,
+}  # fmt: skip
+
+
+def photo(i):
+    coarse = np.random.default_rng(i).integers(0, 256, (8, 10, 3), np.uint8)
+    buffer = io.BytesIO()
+    image.fromarray(coarse.repeat(12, 0).repeat(12, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PHOTOS = Photos([f"{i}.png" for i in range(6)], [lambda i=i: photo(i) for i in range(6)])
+
+
+def recipe(**changes):
+    return DeblurRecipe(**SMALL | changes)
+
+
+def data(one):
+    return Pairs(PHOTOS, *one.degrade()).split(0.3)
+
+
+def a_batch(one, seed=0):
+    return data(one)[0].crops(2, one.crop, torch.Generator().manual_seed(seed))
+
+
+class Interrupted(Listener):
+    """Raises what Ctrl-C raises, at a step of the whole run."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def step(self, samples, values):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def norms_of(net):
+    return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.InstanceNorm2d)]
+
+
+def test_photos_are_blurred_with_a_margin():
+    one = recipe(crop=24)
+    pairs = data(one)[0]
+    blurred, sharp = a_batch(one)
+    assert blurred.shape == sharp.shape == (2, 3, 24, 24)
+    assert (blurred - sharp).abs().max() > 0.05
+    again, _ = a_batch(one)
+    assert torch.equal(blurred, again)
+    # In the middle of a photo a crop is blurred as the whole is.
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    _, wide = pairs.picture(0, 96)
+    degrade, margin = one.degrade()
+    whole, part = (degrade(x, g) for x, g in zip((wide, wide[:, 10:80, 10:80]), generators))
+    inner = slice(margin, 70 - margin)
+    torch.testing.assert_close(part[:, inner, inner], whole[:, 10:80, 10:80][:, inner, inner])
+
+
+def test_norms_gather_first_and_stay():
+    torch.manual_seed(0)
+    one = recipe()
+    learner = one.build()
+    net = learner.networks["model"]
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    seen = []
+    net.smooth[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    for step in range(_GATHER):
+        learner.step(*a_batch(one, step))
+        net.train()  # as the run does when an epoch begins
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    norm = net.smooth[1]
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-5)
+    variance = torch.stack([x.var((2, 3)).mean(0) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.running_var, variance, rtol=1e-3, atol=1e-6)
+
+    statistics = [(m.running_mean.clone(), m.running_var.clone()) for m in norms_of(net)]
+    blurred, sharp = a_batch(one, 100)
+    learner.step(blurred, sharp)
+    assert any(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+    for module, (mean, variance) in zip(norms_of(net), statistics):
+        assert torch.equal(module.running_mean, mean)
+        assert torch.equal(module.running_var, variance)
+    # What was trained is what runs in eval mode.
+    net.train()
+    terms = learner.step(blurred, sharp)
+    assert not any(m.training for m in norms_of(net))
+    assert float(terms["content"]) > 0
+
+
+def test_content_loss():
+    """0.5 times the mean square in -1..1; balanced, every crop's over its blurred one's."""
+    blurred, sharp = a_batch(recipe())
+    plain, balanced = (recipe(balance=b).build() for b in (False, True))
+    own = plain.step(blurred, sharp)  # the first step: the network is the identity
+    wanted = 0.5 * (2 * blurred - 2 * sharp).square().mean()
+    assert float(own["content"]) == pytest.approx(float(wanted), rel=1e-4)
+    each = (2 * blurred - 2 * sharp).square().mean((1, 2, 3))
+    wanted = 0.5 * (each / (each + 4e-4)).mean()
+    assert float(balanced.step(blurred, sharp)["content"]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_it_learns():
+    """One batch by heart. The network is the identity until the norms have gathered."""
+    torch.manual_seed(0)
+    one = recipe()
+    learner, batch = one.build(), a_batch(one)
+    losses = [float(learner.step(*batch)["content"]) for _ in range(_GATHER + 40)]
+    assert losses[:_GATHER] == pytest.approx([losses[0]] * _GATHER)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_it_goes_on_exactly(tmp_path):
+    """A run in two parts is the run in one; and its file is one that deblur_yolo reads."""
+    one = recipe(epochs=2, steps=10)
+    train_restoration(one, tmp_path / "a", data=data(one))
+    with pytest.raises(KeyboardInterrupt):
+        train_restoration(
+            one, tmp_path / "b", data=data(one), checkpoint_seconds=0, listener=Interrupted(18)
+        )
+    train_restoration(one, tmp_path / "b", data=data(one), resume=True)
+    a, b = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    start = one.build().networks["model"].state_dict()
+    assert not torch.equal(a["final.weight"], start["final.weight"])
+    deblur_yolo(tmp_path / "a" / "last.safetensors", trim=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Weights to start from, and those of what judges: random, but for the names."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    vgg, channels, place = {}, 3, 0
+    for block in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
+        for width in block:
+            conv = nn.Conv2d(channels, width, 3)
+            vgg |= {f"features.{place}.{k}": v for k, v in conv.state_dict().items()}
+            channels, place = width, place + 2
+        place += 1
+    torch.save(vgg, folder / "vgg.pth")
+    save_file(small_yolo(4).state_dict(), folder / "detector.safetensors")
+    torch.save(mobilenet_v2().state_dict(), folder / "encoder.pth")
+    learner = recipe(encoder=str(folder / "encoder.pth")).build()
+    for step in range(_GATHER):
+        learner.step(*a_batch(recipe(), step))
+    state = learner.networks["model"].state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "start.safetensors")
+    return folder
+
+
+def test_whole_loss(files, tmp_path):
+    """All terms take part, with their weights; the generator and both discriminators learn, VGG,
+    the detector and the norms do not; a resumed run is the whole run."""
+    one = recipe(
+        phase="whole", init=str(files / "start.safetensors"), vgg=str(files / "vgg.pth"),
+        detector=str(files / "detector.safetensors"), epochs=1, steps=3, lr=1e-4,
+    )  # fmt: skip
+    learner = one.build()
+    assert list(learner.networks) == ["model", "global", "local"]
+    judges = [learner.terms[name][1] for name in ("perceptual", "detection")]
+    states = [
+        {name: value.clone() for name, value in m.state_dict().items()}
+        for m in (*learner.networks.values(), *judges)
+    ]
+    blurred, sharp = a_batch(one)
+    with torch.no_grad():
+        restored = learner.networks["model"].eval()(blurred)
+        wanted = {
+            "content": 0.5 * 4 * (restored - sharp).square().mean(),
+            "perceptual": 0.006 * judges[0](restored, sharp),
+            "detection": 0.1 * judges[1](restored, sharp),
+        }
+    terms = learner.step(blurred, sharp)
+    assert set(terms) == {*wanted, "adversarial"}
+    for name, value in wanted.items():
+        assert float(terms[name]) == pytest.approx(float(value), rel=1e-3), name
+    # Predictions near 0 at first: 0.01 times ((0 - 0 - 1)^2 + (0 - 0 + 1)^2) / 2.
+    assert float(terms["adversarial"]) == pytest.approx(0.01, rel=0.3)
+    changed = [
+        {name for name, value in m.state_dict().items() if not torch.equal(value, state[name])}
+        for m, state in zip((*learner.networks.values(), *judges), states)
+    ]
+    assert "final.weight" in changed[0]
+    assert not any("running" in name for name in changed[0])
+    for names in changed[1:3]:
+        assert {"real", "made", "seen"} < names
+        assert any(name.endswith("weight") for name in names)
+    assert changed[3] == changed[4] == set()
+
+    with pytest.raises(KeyboardInterrupt):
+        train_restoration(
+            one, tmp_path / "b", data=data(one), checkpoint_seconds=0, listener=Interrupted(2)
+        )
+    for name, resume in (("a", False), ("b", True)):
+        train_restoration(one, tmp_path / name, data=data(one), resume=resume)
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab")
+    for name in ("model", "global", "local"):
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+
+
+def test_the_encoder_may_stay(files):
+    one = recipe(encoder=str(files / "encoder.pth"), freeze_encoder=True)
+    net = one.build().networks["model"]
+    encoder = mobilenet_v2(weights=files / "encoder.pth").features
+    assert torch.equal(net.fpn.features[5].conv[2].weight, encoder[5].conv[2].weight)
+    assert not any(p.requires_grad for p in net.fpn.features.parameters())
+    assert net.final.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase": "half"}, "phase must be one of content, whole"),
+        ({"shortest": 9.0, "longest": 3.0}, "shortest must be between 0 and longest"),
+        ({"batch_size": 1}, "batch_size must be 2 or more for such small crops"),
+        ({"clip": 0.0}, "clip must be more than 0"),
+        ({"vgg": "vgg.pth"}, "phase must be 'whole' for vgg"),
+        ({"phase": "whole", "detector": "d", "crop": 40}, "crop must be a multiple of 32"),
+    ],
+)
+def test_recipes_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+def test_command(files, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(photo(i))
+    arguments = ["deblur", "--data", tmp_path / "photos", "--out", tmp_path / "run"]
+    arguments += ["--encoder", files / "encoder.pth", "--crop", 32, "--batch-size", 2]
+    arguments += ["--epochs", 1, "--steps", 2, "--validate", 1, "--largest", 32, "--balance"]
+    result = CliRunner().invoke(train, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "PSNR" in result.output
+    assert (tmp_path / "run" / "samples" / "epoch-0001.png").exists()
