@@ -19,14 +19,18 @@ def a_detector():
     return detector
 
 
-def test_targets_are_what_the_sharp_image_shows():
+def test_targets_are_what_the_sharp_image_shows(monkeypatch):
     loss = DetectionLoss(a_detector(), threshold=0.3)
     detector = loss.detector
     sharp = torch.rand(2, 3, 64, 64)
     restored = torch.rand(2, 3, 64, 64, requires_grad=True)
     found = detector.detect(sharp, threshold=0.3)
     assert sum(len(one.scores) for one in found) > 0
+    seen, detect = [], detector.detect
+    monkeypatch.setattr(detector, "detect", lambda x, **o: (seen.append(x), detect(x, **o))[1])
     value = loss(restored, sharp)
+    assert len(seen) == 1
+    assert seen[0] is sharp
     wanted = detector.loss(detector(restored), as_targets(found))
     torch.testing.assert_close(value, wanted)
     value.backward()
