@@ -68,7 +68,10 @@ def test_deblurganv2s_weights_run_as_its_authors_run_them(picture, tmp_path):
         "--deblurgan-v2",
     )  # fmt: skip
     with torch.no_grad():
-        kept, own = model(picture[None])[0], model.train()(picture[None])[0]
+        # Statistics of six values amplify rounding: in the command's memory format.
+        model = model.to(memory_format=torch.channels_last)
+        x = picture[None].contiguous(memory_format=torch.channels_last)
+        kept, own = model(x)[0], model.train()(x)[0]
     assert (kept - own).abs().max() > 4 / 255
     assert (pixels_of(tmp_path / "out.png") - own).abs().max() <= 0.51 / 255
 
