@@ -91,7 +91,7 @@ def load(
         network = build(num_classes=len(names), weights=weights)
     except (RuntimeError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from error
-    return pywino.swap_(network).to(memory_format=torch.channels_last).eval(), names, size
+    return swap_(network).to(memory_format=torch.channels_last).eval(), names, size
 
 
 def find(network: YOLO, rgb: Tensor, size: int, threshold: float, overlap: float) -> Detections:

@@ -217,7 +217,7 @@ class _Run(Run):
         torch.manual_seed(recipe.seed)
         self.net = recipe.build(len(self.classes))
         if recipe.swap:
-            pywino.swap_(self.net)
+            swap_(self.net)
         self.net.to(device, memory_format=torch.channels_last)
         self.networks = {"model": self.net}
         layers = getattr(self.net.trunk, "features", self.net.trunk).children()
