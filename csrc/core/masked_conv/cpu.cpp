@@ -20,8 +20,10 @@
 namespace pywino::masked_conv {
 namespace {
 
-constexpr int64_t kSlice = int64_t(1) << 20;  // bytes of the output that are cleared at a time
-constexpr int kRowsPerTask = 256;             // pixels whose channels are gathered at a time (NCHW)
+constexpr int64_t kSlice = int64_t(1) << 20;  // bytes of an NCHW output that are cleared at a time
+// A channels_last output of more gets its zeros past the caches: the next layer would find them evicted anyway.
+constexpr int64_t kStreamBytes = int64_t(4) << 20;
+constexpr int kRowsPerTask = 256;  // pixels whose channels are gathered at a time (NCHW)
 
 PYWINO_INLINE int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
@@ -32,6 +34,7 @@ struct Run {
   const Pixels& pixels;
   int64_t depth, panels, chunk;  // chunk: most pixels of a task
   int rows;                      // most pixels of a register block
+  bool stream_zeros;
   int64_t next = 0;
   bool failed = false;
 
@@ -47,17 +50,44 @@ struct Run {
     const int64_t fits = kScratchPerThread / (round_up<int64_t>(depth, kLanes) * 4);
     chunk = min(max<int64_t>(1, fits), groups * rows);
     chunk = min(chunk, max<int64_t>(1, ceil_div<int64_t>(pixels.count, threads)));
+    stream_zeros = sizeof(T) == 4 && output_bytes() > kStreamBytes &&
+                   g.out_channels % kLanes == 0 &&
+                   reinterpret_cast<uintptr_t>(p.output) % (4 * kLanes) == 0;
   }
 
   int64_t line_floats() const { return round_up<int64_t>(depth, kLanes); }
 
-  // --- 1: zeros everywhere ---
+  // --- 1: zeros ---
+  // NCHW: everywhere, before anything is written.
   static void clear(void* arg) {
     Run& run = *static_cast<Run*>(arg);
-    const int64_t bytes = run.g.n * run.g.out_channels * run.g.h * run.g.w * int64_t(sizeof(T));
+    const int64_t bytes = run.output_bytes();
     for (int64_t at = take(&run.next) * kSlice; at < bytes; at = take(&run.next) * kSlice)
       __builtin_memset(static_cast<char*>(run.params.output) + at, 0, min(kSlice, bytes - at));
   }
+
+  // channels_last: between the pixels [a0, a1) of the list, behind them up to the next, and before the first of all.
+  void clear_between(int64_t a0, int64_t a1) const {
+    const int64_t total = g.n * g.h * g.w;
+    int64_t from = a0 == 0 ? 0 : pixels.list[a0];
+    for (int64_t a = a0; a <= a1; ++a) {
+      const int64_t to = a < pixels.count ? pixels.list[a] : total;
+      if (to > from) clear_pixels(from, to);
+      from = to + 1;
+    }
+  }
+
+  void clear_pixels(int64_t from, int64_t to) const {
+    T* out = static_cast<T*>(params.output) + from * g.out_channels;
+    const int64_t numbers = (to - from) * g.out_channels;
+    if (stream_zeros)
+      for (int64_t i = 0; i < numbers; i += kLanes)
+        stream(reinterpret_cast<float*>(out) + i, zero());
+    else
+      __builtin_memset(out, 0, numbers * sizeof(T));
+  }
+
+  int64_t output_bytes() const { return g.n * g.out_channels * g.h * g.w * int64_t(sizeof(T)); }
 
   // --- 2, NCHW: the channels of each pixel of the mask, side by side ---
   static void gather_rows(void* arg) {
@@ -85,7 +115,9 @@ struct Run {
   void gather(const int32_t* list, int size, const Source& source, float* v) const {
     const int64_t C = g.c, plane = g.h * g.w;
     for (int r = 0; r < size; ++r) {
-      const int64_t p = list[r], in_image = p % plane, y = in_image / g.w, x = in_image % g.w;
+      const int64_t p = list[r];
+      const uint32_t in_image = uint32_t(p) % uint32_t(plane);
+      const int64_t y = in_image / uint32_t(g.w), x = in_image % uint32_t(g.w);
       int64_t k = 0;
       for (int64_t i = 0; i < g.kernel_h; ++i) {
         const int64_t dy = i * g.dil_h - g.pad_h;
@@ -150,6 +182,7 @@ struct Run {
     const int64_t C = run.g.c, count = run.pixels.count;
     for (int64_t a0 = take(&run.next) * run.chunk; a0 < count; a0 = take(&run.next) * run.chunk) {
       const int64_t a1 = min(a0 + run.chunk, count);
+      if (run.g.channels_last) run.clear_between(a0, a1);
       for (int64_t a = a0; a < a1; a += run.rows) {
         const int size = int(min<int64_t>(run.rows, a1 - a));
         float* group = v + (a - a0) * run.line_floats();
@@ -182,8 +215,9 @@ struct Run {
       next = 0;
       executor.run(executor.threads, body, this);
     };
-    if (pixels.count < g.n * g.h * g.w) each(clear);
-    if (pixels.count == 0) return Status::ok;
+    const bool all = pixels.count == g.n * g.h * g.w, none = pixels.count == 0;
+    if (!all && (none || !g.channels_last)) each(clear);
+    if (none) return Status::ok;
     if (!g.channels_last) each(gather_rows);
     each(multiply_chunks);
     return failed ? Status::out_of_memory : Status::ok;
