@@ -149,6 +149,8 @@ def _winograd_cuda(call, algorithm):
     if algorithm == "direct":
         if call.op.startswith("winograd_relu_conv2d"):
             return "a weight in the Winograd domain has no direct convolution"
+        if call.op.endswith("_backward_weight"):
+            return "it has f2, f4 and f6 for this gradient, not direct"
         c = call.k if call.op.endswith("_backward_input") else call.c
         if not call.channels_last:
             return "its direct kernel reads channels_last tensors"
@@ -232,9 +234,9 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_domain_conv2d" + _op, _winograd_cpu)
 register("cpu", "channel_residual_attention", _elementwise_cpu)
 register("cpu", "conv_lstm_cell", _elementwise_cpu)
-for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_conv2d"):
-    register("cuda", _op, _winograd_cuda)
 for _op in ("", "_backward_input", "_backward_weight"):
+    register("cuda", "winograd_conv2d" + _op, _winograd_cuda)
+    register("cuda", "winograd_relu_conv2d" + _op, _winograd_cuda)
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _sparse_conv_cpu)

@@ -615,12 +615,21 @@ def test_gpu_without_measurement_is_cudnn(monkeypatch, gpu):
         ({"c": 3}, "direct", "whole 16 bytes, not 3 channels"),
         ({"n": 2**20, "h": 2**6, "w": 2**6}, "direct", "31 bits"),
         ({}, "f4x1", "it has direct, f2, f4 and f6, not f4x1"),
+        ({"op": "winograd_conv2d_backward_weight"}, "direct", "f2, f4 and f6 for this gradient"),
+        ({"op": "winograd_relu_conv2d_backward_input"}, "direct", "no direct convolution"),
         ({"dtype": torch.float64}, "f2", "not float64"),
         ({"device": "cpu"}, "f2", "the tensors are on cpu"),
     ],
 )
 def test_what_the_cuda_kernels_refuse(gpu, change, algorithm, reason):
     assert reason in backends.can_run("cuda", GPU._replace(**change), algorithm)
+
+
+@pytest.mark.parametrize("op", ["winograd_conv2d", "winograd_relu_conv2d"])
+@pytest.mark.parametrize("gradient", ["_backward_input", "_backward_weight"])
+def test_the_cuda_kernels_have_the_gradients(gpu, op, gradient):
+    for algorithm in ("f2", "f4", "f6"):
+        assert backends.can_run("cuda", GPU._replace(op=op + gradient), algorithm) is None
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,55 @@ winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_
   return g;
 }
 
+// Tiles of a launch within the limit.
+int64_t chunk_of(const winograd::Geometry& g, cuda::Domain domain, int64_t workspace_limit,
+                 const char* op) {
+  const int64_t chunk = cuda::tiles_within(g, domain, workspace_limit);
+  const int64_t least =
+      cuda::workspace_bytes(g, domain, std::min<int64_t>(128, cuda::tiles_of(g).count));
+  STD_TORCH_CHECK(chunk > 0, op, ": workspace_limit must be at least ", least,
+                  " bytes for this call, got ", workspace_limit,
+                  "; raise it, or take another algorithm");
+  return chunk;
+}
+
+Tensor workspace_of(const Tensor& like, const winograd::Geometry& g, cuda::Domain domain,
+                    int64_t chunk) {
+  return empty_like(like, {cuda::workspace_bytes(g, domain, chunk)}, ScalarType::Byte, false);
+}
+
+void check_filter(const Tensor& input, const Tensor& filter, const Tensor& scale, int64_t taps,
+                  int64_t out_channels, int64_t in_channels, bool strict, const char* op) {
+  STD_TORCH_CHECK(
+      filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
+          filter.is_contiguous() && scale.scalar_type() == ScalarType::Float &&
+          scale.is_contiguous() && scale.numel() == out_channels &&
+          filter.numel() == taps * cuda::padded(out_channels) * cuda::padded(in_channels),
+      op, ": the filter was made for other channels, another tile or another precision");
+  check_same_device(input, filter, op, "filter");
+  check_same_device(input, scale, op, "scale");
+}
+
+// Dense in a memory format, one number a pixel and one pixel an image being dense in both.
+bool has_format(const Tensor& t, bool channels_last) {
+  const bool both = t.size(1) == 1 || t.size(2) * t.size(3) == 1;
+  return channels_last ? is_channels_last(t) || (both && t.is_contiguous()) : t.is_contiguous();
+}
+
+// The output's gradient: of the output's size, in the input's dtype and memory format.
+winograd::Geometry gradient_geometry(const Tensor& grad, const Tensor& input, int64_t tile,
+                                     IntArray padding, IntArray dilation, const char* op) {
+  STD_TORCH_CHECK(cuda::has_tile(tile), op, ": tile must be 2, 4 or 6, got ", tile);
+  STD_TORCH_CHECK(grad.dim() == 4, op, ": grad must have four dimensions, got ", grad.dim());
+  const winograd::Geometry g = geometry_of(input, grad.size(1), tile, padding, dilation, op);
+  STD_TORCH_CHECK(grad.size(0) == g.input.n && grad.size(2) == g.out_h() &&
+                      grad.size(3) == g.out_w() && grad.scalar_type() == input.scalar_type(),
+                  op, ": grad must be of the output's size and input's dtype");
+  STD_TORCH_CHECK(has_format(grad, g.channels_last), op, ": grad must have input's memory format");
+  check_same_device(input, grad, op, "grad");
+  return g;
+}
+
 // bias and residual as the kernels read them, alive as long as the launch.
 struct Epilogue {
   std::optional<Tensor> bias;
@@ -164,24 +213,10 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
   p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
-  const int64_t taps = (tile + 2) * (tile + 2);
-  STD_TORCH_CHECK(filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
-                      filter.is_contiguous() && scale.scalar_type() == ScalarType::Float &&
-                      scale.numel() == out_channels &&
-                      filter.numel() == taps * cuda::padded(out_channels) * cuda::padded(g.input.c),
-                  op,
-                  ": the filter was made for other channels, another tile or another precision");
-  check_same_device(input, filter, op, "filter");
-  check_same_device(input, scale, op, "scale");
-  p.chunk = cuda::tiles_within(g, p.domain, workspace_limit);
-  const int64_t least =
-      cuda::workspace_bytes(g, p.domain, std::min<int64_t>(128, cuda::tiles_of(g).count));
-  STD_TORCH_CHECK(p.chunk > 0, op, ": workspace_limit must be at least ", least,
-                  " bytes for this call, got ", workspace_limit,
-                  "; raise it, or take another algorithm");
+  check_filter(input, filter, scale, (tile + 2) * (tile + 2), out_channels, g.input.c, strict, op);
+  p.chunk = chunk_of(g, p.domain, workspace_limit, op);
   const Launch launch(input, op);
-  Tensor workspace =
-      empty_like(input, {cuda::workspace_bytes(g, p.domain, p.chunk)}, ScalarType::Byte, false);
+  Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
   Tensor output = empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()},
                              input.scalar_type(), g.channels_last);
   const Epilogue epilogue(output, bias, residual, op);
@@ -196,6 +231,74 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.workspace = workspace.mutable_data_ptr();
   launch.check(cuda::forward(p, launch.stream()));
   return output;
+}
+
+// dW. grad_peaks and input_peaks, the largest magnitude of each channel, where the domain is fp16.
+Tensor backward_weight(const Tensor& grad, const Tensor& input,
+                       const std::optional<Tensor>& grad_peaks,
+                       const std::optional<Tensor>& input_peaks, int64_t tile, IntArray padding,
+                       IntArray dilation, bool spatial, bool winograd_relu, bool strict,
+                       int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_backward_weight";
+  cuda::WeightGradient p{};
+  p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
+  const auto peaks = [&](const std::optional<Tensor>& t, int64_t channels) -> const float* {
+    if (strict) return nullptr;
+    STD_TORCH_CHECK(
+        t && t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == channels,
+        op, ": the peaks must be a float32 number for each channel");
+    check_same_device(input, *t, op, "the peaks");
+    return static_cast<const float*>(t->const_data_ptr());
+  };
+  p.grad_peaks = peaks(grad_peaks, g.out_channels);
+  p.input_peaks = peaks(input_peaks, g.input.c);
+  p.chunk = chunk_of(g, p.domain, workspace_limit, op);
+  const Launch launch(input, op);
+  Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
+  Tensor sums = empty_like(input, {cuda::sum_floats(g, p.domain)}, ScalarType::Float, false);
+  const int64_t size = spatial ? 3 : tile + 2;
+  Tensor gradient =
+      empty_like(input, {g.out_channels, g.input.c, size, size}, input.scalar_type(), false);
+  p.spatial = spatial;
+  p.winograd_relu = winograd_relu;
+  p.input = input.const_data_ptr();
+  p.grad = grad.const_data_ptr();
+  p.gradient = gradient.mutable_data_ptr();
+  p.sums = static_cast<float*>(sums.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  launch.check(cuda::weight_gradient(p, launch.stream()));
+  return gradient;
+}
+
+// dX of the Winograd-ReLU layer, with a filter made with `rotate`.
+Tensor relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
+                           const Tensor& scale, int64_t tile, IntArray padding, IntArray dilation,
+                           bool strict, int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_relu_backward_input";
+  cuda::ReluInputGradient p{};
+  p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
+  check_filter(input, filter, scale, (tile + 2) * (tile + 2), g.input.c, g.out_channels, strict,
+               op);
+  p.chunk = chunk_of(g, p.domain, workspace_limit, op);
+  const Launch launch(input, op);
+  Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
+  Tensor gradient = empty_like(input, {g.input.n, g.input.c, g.input.h, g.input.w},
+                               ScalarType::Float, g.channels_last);
+  torch::stable::zero_(gradient);
+  p.input = input.const_data_ptr();
+  p.grad = grad.const_data_ptr();
+  p.filter = filter.const_data_ptr();
+  p.filter_scale = static_cast<const float*>(scale.const_data_ptr());
+  p.gradient = static_cast<float*>(gradient.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  launch.check(cuda::relu_input_gradient(p, launch.stream()));
+  return input.scalar_type() == ScalarType::Float
+             ? gradient
+             : torch::stable::to(gradient, input.scalar_type());
 }
 
 Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
@@ -253,5 +356,7 @@ Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Ten
 STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
   m.impl("_winograd_cuda_filter", TORCH_BOX(&pywino::filter));
   m.impl("_winograd_cuda_forward", TORCH_BOX(&pywino::forward));
+  m.impl("_winograd_cuda_backward_weight", TORCH_BOX(&pywino::backward_weight));
+  m.impl("_winograd_cuda_relu_backward_input", TORCH_BOX(&pywino::relu_backward_input));
   m.impl("_winograd_cuda_direct", TORCH_BOX(&pywino::direct));
 }

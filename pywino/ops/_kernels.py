@@ -61,19 +61,25 @@ class Kernel(NamedTuple):
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
 
     def weight_gradient(self, grad, input, padding, dilation):
-        """The gradient by the weight, of dense tensors of one layout; not by "cuda"."""
+        """The gradient by the weight, of dense tensors of one layout."""
         arguments = (grad, input, self.tile, padding, dilation)
         if self.backend == "cpu":
             spatial = not self.winograd_relu
             return _ops._winograd_backward_weight.default(*arguments, spatial, self.winograd_relu)
+        if self.backend == "cuda":
+            return _winograd_cuda.weight_gradient(*arguments, self.winograd_relu, self.mode)
         return _triton().weight_gradient(*arguments, self.winograd_relu, self._domain)
 
     def relu_input_gradient(self, grad, input, weight, padding, dilation):
-        """The gradient of the Winograd-ReLU layer by its input; not by "cuda"."""
+        """The gradient of the Winograd-ReLU layer by its input."""
         filter = self.filter(weight, rotate=True)
         if self.backend == "cpu":
             return _ops._winograd_domain_backward_input.default(
                 grad, input, filter, self.tile, padding, dilation, True
+            )
+        if self.backend == "cuda":
+            return _winograd_cuda.relu_input_gradient(
+                grad, input, filter, self.tile, padding, dilation, self.mode
             )
         return _triton().relu_input_gradient(
             grad, input, *filter, self.tile, padding, dilation, self._domain
