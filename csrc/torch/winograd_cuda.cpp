@@ -1,68 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CUDA kernels as torch ops: unpack, check, allocate, launch on the current stream of the tensors' device. No CUDA header:
 // this file compiles, and the library loads, on a machine without a GPU. pywino/ops/_winograd_cuda.py has schemas and fakes.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "core/winograd/cuda.h"
-#include "tensor.h"
-
-// The tests register the same binding over emulated kernels, which read CPU tensors.
-#ifndef PYWINO_CUDA_KEY
-#define PYWINO_CUDA_KEY CUDA
-#endif
+#include "launch.h"
 
 namespace pywino {
 namespace {
 
 namespace cuda = winograd::cuda;
-using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
-
-// aoti_torch_get_current_cuda_stream is in libtorch_cuda.so, which a torch without CUDA does not have: so this library is not
-// linked with it, and looks it up where torch has loaded it.
-using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
-CurrentStream find_current_stream() {
-  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  return reinterpret_cast<CurrentStream>(
-      dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-}
-
-// Makes a tensor's device the current one, and knows its stream.
-class Launch {
- public:
-  Launch(const Tensor& tensor, const char* op) : op_(op) {
-    if (!tensor.is_cuda()) return;
-    guard_.emplace(tensor.get_device_index());
-    static const CurrentStream current_stream = find_current_stream();
-    STD_TORCH_CHECK(current_stream, op, ": this torch has no CUDA streams; install one with CUDA");
-    TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream_));
-  }
-  void* stream() const { return stream_; }
-  void check(int error) const {
-    STD_TORCH_CHECK(error == 0, op_, ": the kernel did not start: ", cuda::pywino_cuda_error(error),
-                    ". If no kernel image fits the device, build pywino with its architecture in "
-                    "TORCH_CUDA_ARCH_LIST; backend=\"aten\" runs PyTorch's kernel");
-  }
-
- private:
-  const char* op_;
-  void* stream_ = nullptr;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
-Tensor empty_like(const Tensor& like, IntArray size, ScalarType dtype, bool channels_last) {
-  return torch::stable::empty(
-      size, dtype, std::nullopt, like.device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-void check_same_device(const Tensor& a, const Tensor& b, const char* op, const char* name) {
-  STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op,
-                  ": ", name, " must be on input's device");
-}
 
 winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_t tile,
                                IntArray padding, IntArray dilation, const char* op) {
@@ -174,7 +122,7 @@ std::tuple<Tensor, Tensor> filter(const Tensor& weight, int64_t tile, bool stric
   const int64_t size = tile == 1 || spatial ? 3 : tile + 2;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && weight.size(3) == size, op,
                   ": weight must be (K, C, ", size, ", ", size, ")");
-  const Launch launch(weight, op);
+  const Launch launch(weight, op, cuda::pywino_cuda_error);
   cuda::FilterTransform p{};
   p.weight = weight.const_data_ptr();
   p.dtype = dtype_of(weight, op, "weight");
@@ -215,7 +163,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
   check_filter(input, filter, scale, (tile + 2) * (tile + 2), out_channels, g.input.c, strict, op);
   p.chunk = chunk_of(g, p.domain, workspace_limit, op);
-  const Launch launch(input, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
   Tensor output = empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()},
                              input.scalar_type(), g.channels_last);
@@ -255,7 +203,7 @@ Tensor backward_weight(const Tensor& grad, const Tensor& input,
   p.grad_peaks = peaks(grad_peaks, g.out_channels);
   p.input_peaks = peaks(input_peaks, g.input.c);
   p.chunk = chunk_of(g, p.domain, workspace_limit, op);
-  const Launch launch(input, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
   Tensor sums = empty_like(input, {cuda::sum_floats(g, p.domain)}, ScalarType::Float, false);
   const int64_t size = spatial ? 3 : tile + 2;
@@ -284,7 +232,7 @@ Tensor relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor
   check_filter(input, filter, scale, (tile + 2) * (tile + 2), g.input.c, g.out_channels, strict,
                op);
   p.chunk = chunk_of(g, p.domain, workspace_limit, op);
-  const Launch launch(input, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
   Tensor gradient = empty_like(input, {g.input.n, g.input.c, g.input.h, g.input.w},
                                ScalarType::Float, g.channels_last);
@@ -321,7 +269,7 @@ Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Ten
                       filter.numel() == 9 * cuda::padded(out_channels) * g.input.c,
                   op, ": the filter was made for other channels, another dtype or an algorithm");
   check_same_device(input, filter, op, "filter");
-  const Launch launch(input, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor output =
       empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()}, input.scalar_type(), true);
   const Epilogue epilogue(output, bias, residual, op);

@@ -11,6 +11,7 @@ warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
 torch.ops.load_library(sys.argv[1])
 
 from pywino.ops._kernels import Kernel  # noqa: E402
+from pywino.reference import channel_attention, conv_lstm  # noqa: E402
 from pywino.reference import winograd as reference  # noqa: E402
 
 ops = torch.ops.pywino
@@ -142,6 +143,53 @@ def check_refusals():
     refuses("input must be channels_last", ops._winograd_cuda_direct, x, *direct)
 
 
+def check_attention(dtype, bound, last):
+    x, residual, grad = (torch.randn(2, 12, 9, 7).to(dtype) for _ in range(3))
+    if last:
+        x, residual, grad = (t.contiguous(memory_format=channels_last) for t in (x, residual, grad))
+    w1, w2, w3, b1 = (torch.randn(s).to(dtype) / 3 for s in ((3, 12), (12, 3), (12, 12), (3,)))
+    forward, backward = ops._channel_attention_forward, ops._channel_attention_backward
+    arguments = (x, w1, b1, w2, None, w3, residual, True, True)
+    y, mean, gate = forward(*arguments)
+    x64, w64, r64, g64 = x.double(), [t.double() for t in (w1, w2, w3, b1)], residual, grad.double()
+    expected = channel_attention.channel_residual_attention(
+        x64, *w64, None, r64.double(), "relu", "relu"
+    )
+    assert error(y, expected) <= bound, (dtype, error(y, expected))
+    assert (y.dtype, y.stride()) == (dtype, x.stride())
+    dx, du = backward(grad, x, mean, gate, w1, b1, w2, w3, True)
+    saved = mean.double(), gate.double()
+    by_input, by_logit = channel_attention.gradients(g64, x64, *saved, *w64, "relu")
+    assert error(dx, by_input) <= bound, (dtype, error(dx, by_input))
+    assert error(du, by_logit) <= 1e-5, (dtype, error(du, by_logit))
+    assert (dx.dtype, dx.stride()) == (dtype, x.stride())
+    torch.library.opcheck(forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    refuses("residual must", forward, *arguments[:6], residual[:1], True, True)
+    refuses("does not fit input's channels", forward, x, w1, b1, w3, *arguments[4:])
+
+
+def check_cell(dtype, bound, last):
+    gates = torch.randn(2, 20, 6, 7).to(dtype)
+    cell, grad_hidden, grad_cell = (torch.randn(2, 5, 6, 7).to(dtype) for _ in range(3))
+    tensors = [grad_hidden, grad_cell, gates, cell]
+    if last:
+        tensors = [t.contiguous(memory_format=channels_last) for t in tensors]
+    for with_cell in (True, False):
+        if not with_cell:
+            tensors[3] = None
+        exact = [t if t is None else t.double() for t in tensors]
+        found = [*ops._conv_lstm_forward(*tensors[2:]), *ops._conv_lstm_backward(*tensors)]
+        expected = conv_lstm.pointwise(*exact[2:]) + conv_lstm.pointwise_gradients(*exact)
+        for a, e in zip(found, expected):
+            assert error(a, e) <= bound, (dtype, error(a, e))
+            assert (a.dtype, a.is_contiguous()) == (dtype, not last)
+    refuses("a quarter of gates' channels", ops._conv_lstm_forward, gates, gates)
+
+
+for last in (True, False):
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)):
+        check_attention(dtype, bound, last)
+        check_cell(dtype, bound, last)
 for last in (True, False):
     check_forward(2, False, torch.float16, 8e-4, last)
     check_forward(4, False, torch.bfloat16, 3e-3, last, d=2)

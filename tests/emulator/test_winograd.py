@@ -16,7 +16,7 @@ from emulator.mutate import Recipe
 
 from pywino.reference import winograd as reference
 
-SOURCE = HERE / "kernels" / "winograd.cu"
+SOURCE = HERE / "kernels" / "rooms.cu"
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 DOMAINS = {"f16": 0, "f32": 1}
 # The unit roundoff of a format, and half the distance of its smallest numbers.

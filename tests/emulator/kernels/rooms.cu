@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The project's Winograd kernels and the host code that runs them in order, as one library for the tests.
+// The project's kernels and the host code that runs them in order, as one library for the tests.
+#include "core/channel_attention/cuda.cu"
+#include "core/conv_lstm/cuda.cu"
 #include "core/winograd/cuda.cpp"
 #include "core/winograd/cuda_direct.cu"
 #include "core/winograd/cuda_gradients.cu"
