@@ -15,6 +15,9 @@ PRECISIONS = ("default", "fast")
 TILES = {"f2": 2, "f4": 4, "f6": 6}
 _OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
+# Ops without a convolution, and the rooms that their kernels are in.
+_ROOMS = {"channel_residual_attention": "channel_attention", "conv_lstm_cell": "conv_lstm"}
+
 _CHECKS = {}  # (backend, op) -> predicate(call, algorithm) -> str | None
 
 
@@ -138,10 +141,22 @@ def _winograd_cpu(call, algorithm):
     return _winograd(call)
 
 
-def _winograd_cuda(call, algorithm):
+def _no_cuda_library(call):
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    reason = native.why_no_cuda()
+    return native.why_no_cuda()
+
+
+def _no_triton(call, room):
+    if call.device != "cuda":
+        return f"the tensors are on {call.device}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return importlib.import_module(f"pywino.kernels.{room}").why_not()
+
+
+def _winograd_cuda(call, algorithm):
+    reason = _no_cuda_library(call)
     if reason is not None:
         return reason
     if algorithm not in ("auto", "direct", *TILES):
@@ -149,6 +164,8 @@ def _winograd_cuda(call, algorithm):
     if algorithm == "direct":
         if call.op.startswith("winograd_relu_conv2d"):
             return "a weight in the Winograd domain has no direct convolution"
+        if call.op.endswith("_backward_weight"):
+            return "it has f2, f4 and f6 for this gradient, not direct"
         c = call.k if call.op.endswith("_backward_input") else call.c
         if not call.channels_last:
             return "its direct kernel reads channels_last tensors"
@@ -160,11 +177,7 @@ def _winograd_cuda(call, algorithm):
 
 
 def _winograd_triton(call, algorithm):
-    if call.device != "cuda":
-        return f"the tensors are on {call.device}"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    reason = importlib.import_module("pywino.kernels.winograd").why_not()
+    reason = _no_triton(call, "winograd")
     if reason is not None:
         return reason
     if algorithm not in ("auto", *TILES):
@@ -193,10 +206,21 @@ def _winograd(call):
 
 
 def _elementwise_cpu(call, algorithm):
-    reason = _no_cpu_library(call)
-    if reason is not None:
-        return reason
-    if algorithm != "auto":
+    return _no_cpu_library(call) or _elementwise(call, algorithm)
+
+
+def _elementwise_cuda(call, algorithm):
+    return _no_cuda_library(call) or _elementwise(call, algorithm)
+
+
+def _elementwise_triton(call, algorithm):
+    return _no_triton(call, _ROOMS[call.op]) or _elementwise(call, algorithm)
+
+
+def _elementwise(call, algorithm):
+    """What no kernel without a convolution covers. Its one algorithm has the planner's name for
+    that on a GPU."""
+    if algorithm != "auto" and (algorithm != "direct" or call.device == "cpu"):
         return f"it has one algorithm, not {algorithm}"
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         dtype = str(call.dtype).removeprefix("torch.")
@@ -230,11 +254,13 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_domain_conv2d" + _op, _winograd_cpu)
-register("cpu", "channel_residual_attention", _elementwise_cpu)
-register("cpu", "conv_lstm_cell", _elementwise_cpu)
-for _op in ("winograd_conv2d", "winograd_conv2d_backward_input", "winograd_relu_conv2d"):
-    register("cuda", _op, _winograd_cuda)
+for _op in _ROOMS:
+    register("cpu", _op, _elementwise_cpu)
+    register("cuda", _op, _elementwise_cuda)
+    register("triton", _op, _elementwise_triton)
 for _op in ("", "_backward_input", "_backward_weight"):
+    register("cuda", "winograd_conv2d" + _op, _winograd_cuda)
+    register("cuda", "winograd_relu_conv2d" + _op, _winograd_cuda)
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)

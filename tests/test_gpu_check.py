@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import calls, check, counters, cudnn, keep, ours, report, rows, smoke, timing
+from gpu import calls, check, counters, cudnn, elementwise, keep, ours, report, rows, smoke, timing
 from layers import GPU_AIMS, GPU_LAYERS, Layer
 
 from pywino import backends
@@ -547,7 +547,7 @@ def test_small_calls_cover_every_op():
     if not ours.candidates(smoke.ODD, "forward", "fp32", "nchw", "cpu"):
         pytest.skip("needs the native library")
     kinds = {call[1] for call in smoke.calls("cpu")}
-    assert kinds == {*calls.PASSES, smoke.RELU}
+    assert kinds == {*calls.PASSES, smoke.RELU, *elementwise.KINDS}
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -802,7 +802,7 @@ def test_dry_run_measures_ours(dry):
     if not found:
         pytest.skip("needs the native library")
     assert {row["failed"] for row in found} == {None}
-    assert {row["pass"] for row in found} == set(ours.OPS)
+    assert {row["pass"] for row in found} == {*ours.OPS, *elementwise.KINDS}
     checked = [row for row in found if row["step"] == "check"]
     assert not any(row["wrong"] for row in checked)
     assert {row["backend"] for row in found} == {"cpu", "auto"}
@@ -815,6 +815,7 @@ def test_dry_run_measures_ours(dry):
     page = (dry[2] / "tables.md").read_text()
     assert "No number here is a measurement." in page
     assert "### Ours, winograd-relu training, fp32" in page
+    assert "### Ours, LSTM cell forward, bf16" in page
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pywino
 from pywino import _native as native
 from pywino import backends, planner
 from pywino.backends import Call
+from pywino.ops._kernels import backend_of
 
 CALL = Call("winograd_conv2d", 1, 32, 20, 20, 32, (1, 1), (1, 1))
 
@@ -615,12 +616,38 @@ def test_gpu_without_measurement_is_cudnn(monkeypatch, gpu):
         ({"c": 3}, "direct", "whole 16 bytes, not 3 channels"),
         ({"n": 2**20, "h": 2**6, "w": 2**6}, "direct", "31 bits"),
         ({}, "f4x1", "it has direct, f2, f4 and f6, not f4x1"),
+        ({"op": "winograd_conv2d_backward_weight"}, "direct", "f2, f4 and f6 for this gradient"),
+        ({"op": "winograd_relu_conv2d_backward_input"}, "direct", "no direct convolution"),
         ({"dtype": torch.float64}, "f2", "not float64"),
         ({"device": "cpu"}, "f2", "the tensors are on cpu"),
     ],
 )
 def test_what_the_cuda_kernels_refuse(gpu, change, algorithm, reason):
     assert reason in backends.can_run("cuda", GPU._replace(**change), algorithm)
+
+
+@pytest.mark.parametrize("op", ["winograd_conv2d", "winograd_relu_conv2d"])
+@pytest.mark.parametrize("gradient", ["_backward_input", "_backward_weight"])
+def test_the_cuda_kernels_have_the_gradients(gpu, op, gradient):
+    for algorithm in ("f2", "f4", "f6"):
+        assert backends.can_run("cuda", GPU._replace(op=op + gradient), algorithm) is None
+
+
+@pytest.mark.parametrize("op", ["channel_residual_attention", "conv_lstm_cell"])
+def test_gpu_measures_ops_with_one_kernel_a_backend(monkeypatch, gpu, op):
+    times, asked = gpu
+    monkeypatch.setitem(backends._CHECKS, ("triton", op), lambda call, algorithm: "no Triton")
+    call = GPU._replace(op=op, kernel=(1, 1))
+    times["cuda direct"] = 2e-5
+    assert [backend_of(call, name) for name in ("auto", "cuda", "aten")] == ["cuda", "cuda", None]
+    assert backend_of(call, "triton") == "cuda"  # in a gradient: what cannot run is "auto"
+    assert len(asked) == 1
+    assert backends.can_run("cuda", call, "f2") == "it has one algorithm, not f2"
+    assert "not float64" in backends.can_run("cuda", call._replace(dtype=torch.float64))
+    other = call._replace(c=65)
+    times["aten"] = 2e-5  # ours does not win
+    assert backend_of(other, "auto") is None
+    assert backend_of(other, "cuda") == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def means(rows: list[dict]) -> str:
     channels, of all layers of the group."""
     groups = defaultdict(lambda: defaultdict(list))
     for (kind, mode, _), candidates in by(timed(rows), "pass", "mode", "layer").items():
-        if kind.startswith("winograd-relu"):
+        if "cudnn" not in candidates[0]["times"]:  # its peer is a formula in PyTorch
             continue
         autos = [row for row in candidates if row["backend"] == "auto"]
         chosen = {

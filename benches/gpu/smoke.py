@@ -16,7 +16,8 @@ import sys
 import time
 
 import torch
-from gpu.calls import MODES, PASSES, Setting, exact, tensors
+from gpu import elementwise
+from gpu.calls import LAYOUTS, MODES, PASSES, Setting, exact, tensors
 from gpu.ours import AUTO, candidates, function_of, limit_of
 from layers import Layer
 
@@ -42,6 +43,9 @@ def calls(device: str):
         for choice in candidates(layer, kind, mode, layout, device):
             if choice != AUTO and (kind != RELU or choice[1:] == ("f2", "default")):
                 yield layer, kind, mode, layout, choice
+    for kind, mode, layout in itertools.product(elementwise.KINDS, ("bf16", "fp32"), LAYOUTS):
+        for backend in elementwise.candidates(ODD, kind, mode, layout, device):
+            yield ODD, kind, mode, layout, (backend, "direct", "default")
 
 
 def check(device: str, layer, kind, mode, layout, choice) -> None:
@@ -50,6 +54,8 @@ def check(device: str, layer, kind, mode, layout, choice) -> None:
     Setting(layer, kind, mode, layout).apply()
     if kind == RELU:
         return check_relu(device, layer, mode, choice[0])
+    if kind in elementwise.KINDS:
+        return check_elementwise(device, layer, kind, mode, layout, choice[0])
     arguments = tensors(layer, kind, mode, layout, "cpu")
     view, result = exact(layer, kind, arguments)
     output = function_of(layer, kind, choice)(*(t.to(device) for t in arguments)).cpu()
@@ -75,6 +81,13 @@ def check_relu(device: str, layer: Layer, mode: str, backend: str) -> None:
             outputs[name] = [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
     for actual, expected in zip(outputs["ours"], outputs["exact"]):
         agrees(actual.cpu(), expected, 2e-2)
+
+
+def check_elementwise(device: str, layer: Layer, kind: str, mode: str, layout: str, backend: str):
+    arguments = elementwise.tensors(layer, kind, mode, layout, device)
+    error, theirs = elementwise.errors(kind, backend, arguments)
+    limit = 4 * max(elementwise.LIMITS[MODES[mode][0]], theirs)
+    assert error <= limit, f"relative error {error:.3g}, more than {limit:.3g}"
 
 
 def agrees(actual, expected, limit: float) -> None:

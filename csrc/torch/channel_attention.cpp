@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CPU kernels as torch ops: unpack, check, allocate, launch. Schemas, fakes and gradients are in
 // pywino/ops/channel_attention.py, which also words the errors that a user can cause; the checks here only keep memory safe.
-#include "core/channel_attention/channel_attention.h"
+#include "channel_attention.h"
 
 #include <tuple>
-
-#include "tensor.h"
 
 namespace pywino {
 namespace {
@@ -41,22 +39,6 @@ class Weights {
   const char* op_;
   std::optional<Tensor> kept_[5];
 };
-
-channel_attention::Shape shape_of(const Tensor& input, const char* op) {
-  check_dense(input, op, "input");
-  STD_TORCH_CHECK(input.numel() > 0, op, ": input must not be empty");
-  return {input.size(0), input.size(1), input.size(2) * input.size(3), is_channels_last(input),
-          dtype_of(input, op, "input")};
-}
-
-void check_like(const Tensor& t, const Tensor& input, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type() && t.dim() == 4, op, ": ", name,
-                  " must be like input");
-  for (int d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(
-        t.size(d) == input.size(d) && (input.size(d) == 1 || t.stride(d) == input.stride(d)), op,
-        ": ", name, " must have input's size and strides");
-}
 
 void check_status(Status status, const char* op) {
   STD_TORCH_CHECK(status != Status::out_of_memory, op, ": out of memory for the partial sums");

@@ -1,68 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CUDA kernels as torch ops: unpack, check, allocate, launch on the current stream of the tensors' device. No CUDA header:
 // this file compiles, and the library loads, on a machine without a GPU. pywino/ops/_winograd_cuda.py has schemas and fakes.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "core/winograd/cuda.h"
-#include "tensor.h"
-
-// The tests register the same binding over emulated kernels, which read CPU tensors.
-#ifndef PYWINO_CUDA_KEY
-#define PYWINO_CUDA_KEY CUDA
-#endif
+#include "launch.h"
 
 namespace pywino {
 namespace {
 
 namespace cuda = winograd::cuda;
-using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
-
-// aoti_torch_get_current_cuda_stream is in libtorch_cuda.so, which a torch without CUDA does not have: so this library is not
-// linked with it, and looks it up where torch has loaded it.
-using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
-CurrentStream find_current_stream() {
-  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  return reinterpret_cast<CurrentStream>(
-      dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-}
-
-// Makes a tensor's device the current one, and knows its stream.
-class Launch {
- public:
-  Launch(const Tensor& tensor, const char* op) : op_(op) {
-    if (!tensor.is_cuda()) return;
-    guard_.emplace(tensor.get_device_index());
-    static const CurrentStream current_stream = find_current_stream();
-    STD_TORCH_CHECK(current_stream, op, ": this torch has no CUDA streams; install one with CUDA");
-    TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream_));
-  }
-  void* stream() const { return stream_; }
-  void check(int error) const {
-    STD_TORCH_CHECK(error == 0, op_, ": the kernel did not start: ", cuda::pywino_cuda_error(error),
-                    ". If no kernel image fits the device, build pywino with its architecture in "
-                    "TORCH_CUDA_ARCH_LIST; backend=\"aten\" runs PyTorch's kernel");
-  }
-
- private:
-  const char* op_;
-  void* stream_ = nullptr;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
-Tensor empty_like(const Tensor& like, IntArray size, ScalarType dtype, bool channels_last) {
-  return torch::stable::empty(
-      size, dtype, std::nullopt, like.device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-void check_same_device(const Tensor& a, const Tensor& b, const char* op, const char* name) {
-  STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op,
-                  ": ", name, " must be on input's device");
-}
 
 winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_t tile,
                                IntArray padding, IntArray dilation, const char* op) {
@@ -83,6 +31,55 @@ winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_
   STD_TORCH_CHECK(
       g.input.n > 0 && g.input.c > 0 && out_channels > 0 && g.out_h() > 0 && g.out_w() > 0, op,
       ": the call is empty");
+  return g;
+}
+
+// Tiles of a launch within the limit.
+int64_t chunk_of(const winograd::Geometry& g, cuda::Domain domain, int64_t workspace_limit,
+                 const char* op) {
+  const int64_t chunk = cuda::tiles_within(g, domain, workspace_limit);
+  const int64_t least =
+      cuda::workspace_bytes(g, domain, std::min<int64_t>(128, cuda::tiles_of(g).count));
+  STD_TORCH_CHECK(chunk > 0, op, ": workspace_limit must be at least ", least,
+                  " bytes for this call, got ", workspace_limit,
+                  "; raise it, or take another algorithm");
+  return chunk;
+}
+
+Tensor workspace_of(const Tensor& like, const winograd::Geometry& g, cuda::Domain domain,
+                    int64_t chunk) {
+  return empty_like(like, {cuda::workspace_bytes(g, domain, chunk)}, ScalarType::Byte, false);
+}
+
+void check_filter(const Tensor& input, const Tensor& filter, const Tensor& scale, int64_t taps,
+                  int64_t out_channels, int64_t in_channels, bool strict, const char* op) {
+  STD_TORCH_CHECK(
+      filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
+          filter.is_contiguous() && scale.scalar_type() == ScalarType::Float &&
+          scale.is_contiguous() && scale.numel() == out_channels &&
+          filter.numel() == taps * cuda::padded(out_channels) * cuda::padded(in_channels),
+      op, ": the filter was made for other channels, another tile or another precision");
+  check_same_device(input, filter, op, "filter");
+  check_same_device(input, scale, op, "scale");
+}
+
+// Dense in a memory format, one number a pixel and one pixel an image being dense in both.
+bool has_format(const Tensor& t, bool channels_last) {
+  const bool both = t.size(1) == 1 || t.size(2) * t.size(3) == 1;
+  return channels_last ? is_channels_last(t) || (both && t.is_contiguous()) : t.is_contiguous();
+}
+
+// The output's gradient: of the output's size, in the input's dtype and memory format.
+winograd::Geometry gradient_geometry(const Tensor& grad, const Tensor& input, int64_t tile,
+                                     IntArray padding, IntArray dilation, const char* op) {
+  STD_TORCH_CHECK(cuda::has_tile(tile), op, ": tile must be 2, 4 or 6, got ", tile);
+  STD_TORCH_CHECK(grad.dim() == 4, op, ": grad must have four dimensions, got ", grad.dim());
+  const winograd::Geometry g = geometry_of(input, grad.size(1), tile, padding, dilation, op);
+  STD_TORCH_CHECK(grad.size(0) == g.input.n && grad.size(2) == g.out_h() &&
+                      grad.size(3) == g.out_w() && grad.scalar_type() == input.scalar_type(),
+                  op, ": grad must be of the output's size and input's dtype");
+  STD_TORCH_CHECK(has_format(grad, g.channels_last), op, ": grad must have input's memory format");
+  check_same_device(input, grad, op, "grad");
   return g;
 }
 
@@ -125,7 +122,7 @@ std::tuple<Tensor, Tensor> filter(const Tensor& weight, int64_t tile, bool stric
   const int64_t size = tile == 1 || spatial ? 3 : tile + 2;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && weight.size(3) == size, op,
                   ": weight must be (K, C, ", size, ", ", size, ")");
-  const Launch launch(weight, op);
+  const Launch launch(weight, op, cuda::pywino_cuda_error);
   cuda::FilterTransform p{};
   p.weight = weight.const_data_ptr();
   p.dtype = dtype_of(weight, op, "weight");
@@ -164,24 +161,10 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
   p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
-  const int64_t taps = (tile + 2) * (tile + 2);
-  STD_TORCH_CHECK(filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
-                      filter.is_contiguous() && scale.scalar_type() == ScalarType::Float &&
-                      scale.numel() == out_channels &&
-                      filter.numel() == taps * cuda::padded(out_channels) * cuda::padded(g.input.c),
-                  op,
-                  ": the filter was made for other channels, another tile or another precision");
-  check_same_device(input, filter, op, "filter");
-  check_same_device(input, scale, op, "scale");
-  p.chunk = cuda::tiles_within(g, p.domain, workspace_limit);
-  const int64_t least =
-      cuda::workspace_bytes(g, p.domain, std::min<int64_t>(128, cuda::tiles_of(g).count));
-  STD_TORCH_CHECK(p.chunk > 0, op, ": workspace_limit must be at least ", least,
-                  " bytes for this call, got ", workspace_limit,
-                  "; raise it, or take another algorithm");
-  const Launch launch(input, op);
-  Tensor workspace =
-      empty_like(input, {cuda::workspace_bytes(g, p.domain, p.chunk)}, ScalarType::Byte, false);
+  check_filter(input, filter, scale, (tile + 2) * (tile + 2), out_channels, g.input.c, strict, op);
+  p.chunk = chunk_of(g, p.domain, workspace_limit, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
+  Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
   Tensor output = empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()},
                              input.scalar_type(), g.channels_last);
   const Epilogue epilogue(output, bias, residual, op);
@@ -196,6 +179,74 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.workspace = workspace.mutable_data_ptr();
   launch.check(cuda::forward(p, launch.stream()));
   return output;
+}
+
+// dW. grad_peaks and input_peaks, the largest magnitude of each channel, where the domain is fp16.
+Tensor backward_weight(const Tensor& grad, const Tensor& input,
+                       const std::optional<Tensor>& grad_peaks,
+                       const std::optional<Tensor>& input_peaks, int64_t tile, IntArray padding,
+                       IntArray dilation, bool spatial, bool winograd_relu, bool strict,
+                       int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_backward_weight";
+  cuda::WeightGradient p{};
+  p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
+  const auto peaks = [&](const std::optional<Tensor>& t, int64_t channels) -> const float* {
+    if (strict) return nullptr;
+    STD_TORCH_CHECK(
+        t && t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == channels,
+        op, ": the peaks must be a float32 number for each channel");
+    check_same_device(input, *t, op, "the peaks");
+    return static_cast<const float*>(t->const_data_ptr());
+  };
+  p.grad_peaks = peaks(grad_peaks, g.out_channels);
+  p.input_peaks = peaks(input_peaks, g.input.c);
+  p.chunk = chunk_of(g, p.domain, workspace_limit, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
+  Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
+  Tensor sums = empty_like(input, {cuda::sum_floats(g, p.domain)}, ScalarType::Float, false);
+  const int64_t size = spatial ? 3 : tile + 2;
+  Tensor gradient =
+      empty_like(input, {g.out_channels, g.input.c, size, size}, input.scalar_type(), false);
+  p.spatial = spatial;
+  p.winograd_relu = winograd_relu;
+  p.input = input.const_data_ptr();
+  p.grad = grad.const_data_ptr();
+  p.gradient = gradient.mutable_data_ptr();
+  p.sums = static_cast<float*>(sums.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  launch.check(cuda::weight_gradient(p, launch.stream()));
+  return gradient;
+}
+
+// dX of the Winograd-ReLU layer, with a filter made with `rotate`.
+Tensor relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
+                           const Tensor& scale, int64_t tile, IntArray padding, IntArray dilation,
+                           bool strict, int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_relu_backward_input";
+  cuda::ReluInputGradient p{};
+  p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
+  const winograd::Geometry& g = p.geometry;
+  p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
+  check_filter(input, filter, scale, (tile + 2) * (tile + 2), g.input.c, g.out_channels, strict,
+               op);
+  p.chunk = chunk_of(g, p.domain, workspace_limit, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
+  Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
+  Tensor gradient = empty_like(input, {g.input.n, g.input.c, g.input.h, g.input.w},
+                               ScalarType::Float, g.channels_last);
+  torch::stable::zero_(gradient);
+  p.input = input.const_data_ptr();
+  p.grad = grad.const_data_ptr();
+  p.filter = filter.const_data_ptr();
+  p.filter_scale = static_cast<const float*>(scale.const_data_ptr());
+  p.gradient = static_cast<float*>(gradient.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  launch.check(cuda::relu_input_gradient(p, launch.stream()));
+  return input.scalar_type() == ScalarType::Float
+             ? gradient
+             : torch::stable::to(gradient, input.scalar_type());
 }
 
 Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
@@ -218,7 +269,7 @@ Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Ten
                       filter.numel() == 9 * cuda::padded(out_channels) * g.input.c,
                   op, ": the filter was made for other channels, another dtype or an algorithm");
   check_same_device(input, filter, op, "filter");
-  const Launch launch(input, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor output =
       empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()}, input.scalar_type(), true);
   const Epilogue epilogue(output, bias, residual, op);
@@ -253,5 +304,7 @@ Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Ten
 STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
   m.impl("_winograd_cuda_filter", TORCH_BOX(&pywino::filter));
   m.impl("_winograd_cuda_forward", TORCH_BOX(&pywino::forward));
+  m.impl("_winograd_cuda_backward_weight", TORCH_BOX(&pywino::backward_weight));
+  m.impl("_winograd_cuda_relu_backward_input", TORCH_BOX(&pywino::relu_backward_input));
   m.impl("_winograd_cuda_direct", TORCH_BOX(&pywino::direct));
 }

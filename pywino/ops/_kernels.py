@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from pywino import backends
+from pywino import backends, planner
 from pywino.ops import _winograd_cuda
 from pywino.ops._winograd_domain import pack
 
 _ops = torch.ops.pywino
+_chosen = planner.memo()
 
 
 class Kernel(NamedTuple):
@@ -61,19 +62,25 @@ class Kernel(NamedTuple):
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
 
     def weight_gradient(self, grad, input, padding, dilation):
-        """The gradient by the weight, of dense tensors of one layout; not by "cuda"."""
+        """The gradient by the weight, of dense tensors of one layout."""
         arguments = (grad, input, self.tile, padding, dilation)
         if self.backend == "cpu":
             spatial = not self.winograd_relu
             return _ops._winograd_backward_weight.default(*arguments, spatial, self.winograd_relu)
+        if self.backend == "cuda":
+            return _winograd_cuda.weight_gradient(*arguments, self.winograd_relu, self.mode)
         return _triton().weight_gradient(*arguments, self.winograd_relu, self._domain)
 
     def relu_input_gradient(self, grad, input, weight, padding, dilation):
-        """The gradient of the Winograd-ReLU layer by its input; not by "cuda"."""
+        """The gradient of the Winograd-ReLU layer by its input."""
         filter = self.filter(weight, rotate=True)
         if self.backend == "cpu":
             return _ops._winograd_domain_backward_input.default(
                 grad, input, filter, self.tile, padding, dilation, True
+            )
+        if self.backend == "cuda":
+            return _winograd_cuda.relu_input_gradient(
+                grad, input, filter, self.tile, padding, dilation, self.mode
             )
         return _triton().relu_input_gradient(
             grad, input, *filter, self.tile, padding, dilation, self._domain
@@ -95,3 +102,21 @@ def kernel_of(plan, call):
     else:
         mode = backends.is_strict(call, plan.algorithm)
     return Kernel(plan.backend, plan.tile, mode, call.op.startswith("winograd_relu_conv2d"))
+
+
+def backend_of(call, backend):
+    """The backend that runs a call of an op with one kernel a backend, None for PyTorch's
+    composition: on the CPU ours where it can, on a GPU what was measured to be the fastest.
+
+    What cannot run has been refused before: in a gradient or a graph an explicit choice that cannot
+    is "auto"."""
+    if backend == "aten":
+        return None
+    if backend != "auto" and backends.can_run(backend, call) is None:
+        return backend
+    if call.device == "cpu":
+        return "cpu" if backends.can_run("cpu", call) is None else None
+    plan = _chosen.get(call)
+    if plan is None:
+        plan = planner.remember(_chosen, call, planner.choose(call))
+    return plan.backend if plan.tile else None

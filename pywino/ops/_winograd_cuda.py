@@ -4,11 +4,15 @@
     pywino::_winograd_cuda_filter    weight -> U [tap][K'][C'] and a power of two for each filter
     pywino::_winograd_cuda_forward   the three stages of F(m x m, 3 x 3)
     pywino::_winograd_cuda_direct    the direct convolution: tile 1
+    pywino::_winograd_cuda_backward_weight        dW, also of a weight in the Winograd domain
+    pywino::_winograd_cuda_relu_backward_input    dX of the Winograd-ReLU layer
 
 `strict`: V, U and M in fp32, products by 3xTF32 (TF32 where `direct` is not strict). Else they are
 fp16 with a power of two for each tile and filter, summed in fp32. C' and K' are C and K rounded up
 to multiples of eight. The kernels are csrc/core/winograd/cuda_*.cu.
 """
+
+import math
 
 import torch
 
@@ -34,13 +38,13 @@ def _filter_fake(weight, tile, strict, rotate, spatial):
 
 def _output(input, out_channels, padding, dilation):
     height, width = (s + 2 * p - 2 * d for s, p, d in zip(input.shape[2:], padding, dilation))
-    channels_last = backends.is_channels_last(input)
-    return torch.empty(
-        (input.shape[0], out_channels, height, width),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    return _like((input.shape[0], out_channels, height, width), input)
+
+
+def _like(size, input):
+    last = backends.is_channels_last(input)
+    format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=format)
 
 
 def _forward_fake(
@@ -65,6 +69,29 @@ def _direct_fake(input, filter, bias, residual, out_channels, padding, dilation,
     return _output(input, out_channels, padding, dilation)
 
 
+def _backward_weight_fake(
+    grad,
+    input,
+    grad_peaks,
+    input_peaks,
+    tile,
+    padding,
+    dilation,
+    spatial,
+    winograd_relu,
+    strict,
+    workspace_limit,
+):
+    size = 3 if spatial else tile + 2
+    return input.new_empty((grad.shape[1], input.shape[1], size, size))
+
+
+def _relu_backward_input_fake(
+    grad, input, filter, scale, tile, padding, dilation, strict, workspace_limit
+):
+    return _like(input.shape, input)
+
+
 _GEOMETRY = "int[2] padding, int[2] dilation"
 define(
     "_winograd_cuda_filter(Tensor weight, int tile, bool strict, bool rotate, bool spatial) -> "
@@ -84,6 +111,21 @@ define(
     f"int out_channels, {_GEOMETRY}, bool relu, bool strict) -> Tensor",
     None,
     _direct_fake,
+)
+
+
+define(
+    "_winograd_cuda_backward_weight(Tensor grad, Tensor input, Tensor? grad_peaks, "
+    f"Tensor? input_peaks, int tile, {_GEOMETRY}, bool spatial, bool winograd_relu, bool strict, "
+    "int workspace_limit) -> Tensor",
+    None,
+    _backward_weight_fake,
+)
+define(
+    "_winograd_cuda_relu_backward_input(Tensor grad, Tensor input, Tensor filter, Tensor scale, "
+    f"int tile, {_GEOMETRY}, bool strict, int workspace_limit) -> Tensor",
+    None,
+    _relu_backward_input_fake,
 )
 
 
@@ -127,4 +169,39 @@ def forward(
         winograd_relu,
         strict,
         workspace_limit,
+    )
+
+
+def weight_gradient(
+    grad, input, tile, padding, dilation, winograd_relu, strict, workspace_limit=WORKSPACE_LIMIT
+):
+    """dW of dense tensors in one memory format, contiguous; with `winograd_relu` that of the weight
+    in the Winograd domain. Sums over tiles in a fixed order."""
+    peaks = (None, None) if strict else (_peaks(grad), _peaks(input))
+    return _ops._winograd_cuda_backward_weight.default(
+        grad,
+        input,
+        *peaks,
+        tile,
+        padding,
+        dilation,
+        not winograd_relu,
+        winograd_relu,
+        strict,
+        workspace_limit,
+    )
+
+
+def _peaks(tensor):
+    """max |x| of each channel: the fp16 domain's powers of two, where the sum runs over tiles."""
+    return torch.linalg.vector_norm(tensor, math.inf, (0, 2, 3)).float()
+
+
+def relu_input_gradient(
+    grad, input, filter, tile, padding, dilation, strict, workspace_limit=WORKSPACE_LIMIT
+):
+    """dX of the Winograd-ReLU layer, of dense tensors in one memory format; `filter` is from
+    `transform_filter` with rotate=True, spatial=False."""
+    return _ops._winograd_cuda_relu_backward_input.default(
+        grad, input, *filter, tile, padding, dilation, strict, workspace_limit
     )

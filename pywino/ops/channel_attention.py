@@ -12,10 +12,13 @@ them. `backend` is resolved inside the kernels. Output and gradient are channels
 is (`backends.is_channels_last`), whatever runs. Differentiable once.
 """
 
+import importlib
+
 import torch
 
-from pywino import backends
+from pywino import backends, planner
 from pywino.backends import Call
+from pywino.ops._kernels import backend_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import channel_attention as reference
 
@@ -51,13 +54,12 @@ def describe(input):
     n, c, h, w = input.shape
     return Call(
         "channel_residual_attention", n, c, h, w, c, (0, 0), (1, 1), input.dtype,
-        device=input.device.type,
+        backends.is_channels_last(input), input.device.type, kernel=(1, 1),
     )  # fmt: skip
 
 
-def _runs_native(input, backend):
-    # The caller has refused what must be refused.
-    return backend != "aten" and backends.can_run("cpu", describe(input)) is None
+def _triton():
+    return importlib.import_module("pywino.kernels.channel_attention")
 
 
 def _exact(tensors, dtype):
@@ -67,21 +69,24 @@ def _exact(tensors, dtype):
 # --- forward ---
 
 
-def native_forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activation):
-    """`_channel_attention_forward` on tensors as they come."""
+def native_forward(
+    input, w1, w2, w3, b1, b2, residual, activation, residual_activation, name="cpu"
+):
+    """The kernel of a backend on tensors as they come."""
     format = _format(input)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
-    return _ops._channel_attention_forward.default(
-        input.contiguous(memory_format=format), w1, b1, w2, b2, w3, residual,
-        activation == "relu", residual_activation == "relu",
-    )  # fmt: skip
+    input = input.contiguous(memory_format=format)
+    relus = (activation == "relu", residual_activation == "relu")
+    run = _triton().forward if name == "triton" else _ops._channel_attention_forward.default
+    return run(input, w1, b1, w2, b2, w3, residual, *relus)
 
 
 def _forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activation, backend):
     _check("channel_residual_attention", input, w1, w2, w3)
-    if _runs_native(input, backend):
-        return native_forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activation)
+    if name := backend_of(describe(input), backend):
+        relus = (activation, residual_activation)
+        return native_forward(input, w1, w2, w3, b1, b2, residual, *relus, name)
     dtype = _sums_dtype(input)
     mean = (
         input.mean((2, 3), dtype=dtype)
@@ -112,13 +117,12 @@ def _forward_fake(input, w1, w2, w3, b1, b2, residual, activation, residual_acti
 
 def _backward(grad, input, mean, gate, w1, w2, w3, b1, activation, backend):
     _check("channel_residual_attention_backward", input, w1, w2, w3)
-    if _runs_native(input, backend):
+    if name := backend_of(describe(input), backend):
         format = _format(input)
-        return _ops._channel_attention_backward.default(
-            grad.to(input.dtype).contiguous(memory_format=format),
-            input.contiguous(memory_format=format),
-            mean, gate, w1, b1, w2, w3, activation == "relu",
-        )  # fmt: skip
+        grad = grad.to(input.dtype).contiguous(memory_format=format)
+        input = input.contiguous(memory_format=format)
+        run = _triton().backward if name == "triton" else _ops._channel_attention_backward.default
+        return run(grad, input, mean, gate, w1, b1, w2, w3, activation == "relu")
     dtype = _sums_dtype(input)
     weights = _exact((w1, w2, w3, b1), dtype)
     grad_input, grad_logit = reference.gradients(
@@ -192,6 +196,27 @@ once_differentiable(
     "pywino.reference.channel_attention.channel_residual_attention is, and computes the same",
 )
 autocast("channel_residual_attention")
+
+
+# --- what the planner measures ---
+
+
+def _runs(call):
+    """Squeeze-and-excitation: what the gate is made of takes no time beside the tensor."""
+    format = torch.channels_last if call.channels_last else torch.contiguous_format
+    size, like = (call.n, call.c, call.h, call.w), {"dtype": call.dtype, "device": call.device}
+    input = torch.empty(size, memory_format=format, **like).fill_(2.0**-8)
+    w1 = torch.full((-(-call.c // 16), call.c), 2.0**-8, **like)
+    arguments = (input, w1, w1.T.contiguous(), None, None, None, None, None, None)
+
+    def run(name):
+        backend = "aten" if name is None else planner.kernel_plan(name).backend
+        return lambda: _forward(*arguments, backend)
+
+    return run
+
+
+planner.register("channel_residual_attention", _runs)
 
 
 # --- the native kernels: csrc/torch/channel_attention.cpp registers them on the CPU key ---

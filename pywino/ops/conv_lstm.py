@@ -11,10 +11,13 @@ inside the kernels. Outputs are channels_last iff the gates are (`backends.is_ch
 whatever runs. Differentiable once.
 """
 
+import importlib
+
 import torch
 
-from pywino import backends
+from pywino import backends, planner
 from pywino.backends import Call
+from pywino.ops._kernels import backend_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import conv_lstm as reference
 
@@ -48,13 +51,12 @@ def describe(gates):
     n, k, h, w = gates.shape
     return Call(
         "conv_lstm_cell", n, k // 4, h, w, k // 4, (0, 0), (1, 1), gates.dtype,
-        device=gates.device.type,
+        backends.is_channels_last(gates), gates.device.type, kernel=(1, 1),
     )  # fmt: skip
 
 
-def _runs_native(gates, backend):
-    # The caller has refused what must be refused.
-    return backend != "aten" and backends.can_run("cpu", describe(gates)) is None
+def _triton():
+    return importlib.import_module("pywino.kernels.conv_lstm")
 
 
 def _like(gates, *tensors):
@@ -73,15 +75,16 @@ def _empty_state(gates):
 # --- forward ---
 
 
-def native_forward(gates, cell):
-    """`_conv_lstm_forward` on tensors as they come."""
-    return _ops._conv_lstm_forward.default(*_like(gates, gates, cell))
+def native_forward(gates, cell, name="cpu"):
+    """The kernel of a backend on tensors as they come."""
+    run = _triton().forward if name == "triton" else _ops._conv_lstm_forward.default
+    return run(*_like(gates, gates, cell))
 
 
 def _forward(gates, cell, backend):
     _check("conv_lstm_cell", gates, cell)
-    if _runs_native(gates, backend):
-        return native_forward(gates, cell)
+    if name := backend_of(describe(gates), backend):
+        return native_forward(gates, cell, name)
     # 16-bit floats are rounded once, at the end, as the kernels do it.
     exact = torch.float64 if gates.dtype == torch.float64 else torch.float32
     states = reference.pointwise(gates.to(exact), None if cell is None else cell.to(exact))
@@ -98,8 +101,9 @@ def _forward_fake(gates, cell, backend):
 
 def _backward(grad_hidden, grad_cell, gates, cell, backend):
     _check("conv_lstm_cell_backward", gates, cell)
-    if _runs_native(gates, backend):
-        return _ops._conv_lstm_backward.default(*_like(gates, grad_hidden, grad_cell, gates, cell))
+    if name := backend_of(describe(gates), backend):
+        run = _triton().backward if name == "triton" else _ops._conv_lstm_backward.default
+        return run(*_like(gates, grad_hidden, grad_cell, gates, cell))
     exact = torch.float64 if gates.dtype == torch.float64 else torch.float32
     inputs = (t if t is None else t.to(exact) for t in (grad_hidden, grad_cell, gates, cell))
     grads = reference.pointwise_gradients(*inputs)
@@ -139,6 +143,25 @@ once_differentiable(
     "conv_lstm_cell_backward", "pywino.reference.conv_lstm.pointwise is, and computes the same"
 )
 autocast("conv_lstm_cell")
+
+
+# --- what the planner measures ---
+
+
+def _runs(call):
+    format = torch.channels_last if call.channels_last else torch.contiguous_format
+    like = {"dtype": call.dtype, "device": call.device, "memory_format": format}
+    gates = torch.empty((call.n, 4 * call.c, call.h, call.w), **like).fill_(2.0**-8)
+    cell = torch.empty((call.n, call.c, call.h, call.w), **like).fill_(2.0**-8)
+
+    def run(name):
+        backend = "aten" if name is None else planner.kernel_plan(name).backend
+        return lambda: _forward(gates, cell, backend)
+
+    return run
+
+
+planner.register("conv_lstm_cell", _runs)
 
 
 # --- the native kernels: csrc/torch/conv_lstm.cpp registers them on the CPU key ---

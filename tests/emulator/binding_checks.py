@@ -11,6 +11,7 @@ warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
 torch.ops.load_library(sys.argv[1])
 
 from pywino.ops._kernels import Kernel  # noqa: E402
+from pywino.reference import channel_attention, conv_lstm  # noqa: E402
 from pywino.reference import winograd as reference  # noqa: E402
 
 ops = torch.ops.pywino
@@ -51,6 +52,14 @@ def check_forward(tile, strict, dtype, bound, last, n=2, c=24, h=11, w=9, k=20, 
     )
     assert error(gradient, expected) <= bound, (tile, strict, dtype, error(gradient, expected))
 
+    if tile > 1:
+        dw = kernel.weight_gradient(grad, x, (d, d), (d, d))
+        expected = torch.nn.grad.conv2d_weight(
+            x.double(), weight.shape, grad.double(), padding=d, dilation=d
+        )
+        assert error(dw, expected) <= bound, (tile, strict, dtype, error(dw, expected))
+        assert (dw.dtype, dw.is_contiguous()) == (dtype, True)
+
 
 def check_winograd_relu():
     x, weight, bias = torch.randn(2, 10, 9, 8), torch.randn(12, 10, 6, 6), torch.randn(12)
@@ -60,6 +69,25 @@ def check_winograd_relu():
         x.double(), weight.double(), bias.double(), 1, 1, tile=4
     )
     assert error(y, expected) <= 2.5e-6, error(y, expected)
+    for dtype, strict, bound in ((torch.float32, True, 2.5e-6), (torch.bfloat16, False, 3e-3)):
+        for last in (False, True):
+            check_relu_gradients(dtype, strict, bound, last)
+
+
+def check_relu_gradients(dtype, strict, bound, last):
+    x, weight = torch.randn(2, 10, 9, 8).to(dtype), torch.randn(12, 10, 6, 6).to(dtype)
+    grad = torch.randn(2, 12, 9, 8).to(dtype)
+    if last:
+        x, grad = (t.contiguous(memory_format=channels_last) for t in (x, grad))
+    kernel = Kernel("cuda", 4, strict, winograd_relu=True)
+    x64, w64, g64 = (t.double() for t in (x, weight, grad))
+    dw = kernel.weight_gradient(grad, x, (1, 1), (1, 1))
+    expected = reference.winograd_relu_backward_weight(g64, x64, 1, 1, 4)
+    assert error(dw, expected) <= bound, (dtype, error(dw, expected))
+    dx = kernel.relu_input_gradient(grad, x, weight, (1, 1), (1, 1))
+    expected = reference.winograd_relu_backward_input(g64, x64, w64, 1, 1, 4)
+    assert error(dx, expected) <= bound, (dtype, error(dx, expected))
+    assert (dx.dtype, dx.stride()) == (dtype, x.stride())
 
 
 def check_opcheck():
@@ -78,6 +106,15 @@ def check_opcheck():
             arguments = (*arguments, 1 << 28)
             op = ops._winograd_cuda_forward.default
         torch.library.opcheck(op, arguments, test_utils=tests)
+    grad = torch.randn(2, 9, 7, 6).contiguous(memory_format=channels_last)
+    geometry = (4, (1, 1), (1, 1))
+    arguments = (grad, x, None, None, *geometry, True, False, True, 1 << 28)
+    torch.library.opcheck(ops._winograd_cuda_backward_weight.default, arguments, test_utils=tests)
+    turned = ops._winograd_cuda_filter(torch.randn(9, 8, 6, 6), 4, True, True, False)
+    arguments = (grad, x, *turned, *geometry, True, 1 << 28)
+    torch.library.opcheck(
+        ops._winograd_cuda_relu_backward_input.default, arguments, test_utils=tests
+    )
 
 
 def check_refusals():
@@ -89,11 +126,70 @@ def check_refusals():
     refuses("another tile or another precision", forward, x, u, scale, *rest, False, 1 << 28)
     refuses("must be float32, bfloat16 or float16", forward, x.double(), u, scale, *rest, True, 1)
     refuses("tile must be 1, 2, 4 or 6, got 3", ops._winograd_cuda_filter, weight, 3, 1, 0, 1)
+    by_weight = ops._winograd_cuda_backward_weight
+    grad, rest = torch.randn(1, 8, 8, 8), (4, (1, 1), (1, 1), True, False)
+    refuses("grad must be of the output's size", by_weight, grad[:, :, :7].clone(), x, None, None,
+            *rest, True, 1 << 28)  # fmt: skip
+    turned = grad.contiguous(memory_format=channels_last)
+    refuses("input's memory format", by_weight, turned, x, None, None, *rest, True, 1 << 28)
+    refuses(
+        "float32 number for each channel", by_weight, grad, x, None, None, *rest, False, 1 << 28
+    )
+    refuses("workspace_limit must be", by_weight, grad, x, None, None, *rest, True, 1000)
+    by_input, rest = ops._winograd_cuda_relu_backward_input, (4, (1, 1), (1, 1), True, 1 << 28)
+    refuses("made for other channels", by_input, grad.repeat(1, 2, 1, 1), x, u, scale, *rest)
     u, _ = ops._winograd_cuda_filter(weight, 1, True, False, True)
     direct = (u, None, None, 8, (1, 1), (1, 1), False, True)
     refuses("input must be channels_last", ops._winograd_cuda_direct, x, *direct)
 
 
+def check_attention(dtype, bound, last):
+    x, residual, grad = (torch.randn(2, 12, 9, 7).to(dtype) for _ in range(3))
+    if last:
+        x, residual, grad = (t.contiguous(memory_format=channels_last) for t in (x, residual, grad))
+    w1, w2, w3, b1 = (torch.randn(s).to(dtype) / 3 for s in ((3, 12), (12, 3), (12, 12), (3,)))
+    forward, backward = ops._channel_attention_forward, ops._channel_attention_backward
+    arguments = (x, w1, b1, w2, None, w3, residual, True, True)
+    y, mean, gate = forward(*arguments)
+    x64, w64, r64, g64 = x.double(), [t.double() for t in (w1, w2, w3, b1)], residual, grad.double()
+    expected = channel_attention.channel_residual_attention(
+        x64, *w64, None, r64.double(), "relu", "relu"
+    )
+    assert error(y, expected) <= bound, (dtype, error(y, expected))
+    assert (y.dtype, y.stride()) == (dtype, x.stride())
+    dx, du = backward(grad, x, mean, gate, w1, b1, w2, w3, True)
+    saved = mean.double(), gate.double()
+    by_input, by_logit = channel_attention.gradients(g64, x64, *saved, *w64, "relu")
+    assert error(dx, by_input) <= bound, (dtype, error(dx, by_input))
+    assert error(du, by_logit) <= 1e-5, (dtype, error(du, by_logit))
+    assert (dx.dtype, dx.stride()) == (dtype, x.stride())
+    torch.library.opcheck(forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    refuses("residual must", forward, *arguments[:6], residual[:1], True, True)
+    refuses("does not fit input's channels", forward, x, w1, b1, w3, *arguments[4:])
+
+
+def check_cell(dtype, bound, last):
+    gates = torch.randn(2, 20, 6, 7).to(dtype)
+    cell, grad_hidden, grad_cell = (torch.randn(2, 5, 6, 7).to(dtype) for _ in range(3))
+    tensors = [grad_hidden, grad_cell, gates, cell]
+    if last:
+        tensors = [t.contiguous(memory_format=channels_last) for t in tensors]
+    for with_cell in (True, False):
+        if not with_cell:
+            tensors[3] = None
+        exact = [t if t is None else t.double() for t in tensors]
+        found = [*ops._conv_lstm_forward(*tensors[2:]), *ops._conv_lstm_backward(*tensors)]
+        expected = conv_lstm.pointwise(*exact[2:]) + conv_lstm.pointwise_gradients(*exact)
+        for a, e in zip(found, expected):
+            assert error(a, e) <= bound, (dtype, error(a, e))
+            assert (a.dtype, a.is_contiguous()) == (dtype, not last)
+    refuses("a quarter of gates' channels", ops._conv_lstm_forward, gates, gates)
+
+
+for last in (True, False):
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)):
+        check_attention(dtype, bound, last)
+        check_cell(dtype, bound, last)
 for last in (True, False):
     check_forward(2, False, torch.float16, 8e-4, last)
     check_forward(4, False, torch.bfloat16, 3e-3, last, d=2)

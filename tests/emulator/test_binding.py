@@ -10,13 +10,13 @@ import pytest
 import torch
 from emulator.build import CACHE, CSRC, HERE, compile_kernel, contents, digest, make
 
-BINDING = CSRC / "torch" / "winograd_cuda.cpp"
+BINDINGS = sorted(CSRC.glob("torch/*_cuda.cpp"))
 
 
 @pytest.fixture(scope="module")
 def library():
-    """csrc/torch/winograd_cuda.cpp with its ops on the CPU key, over tests/emulator's kernels."""
-    kernels = compile_kernel(HERE / "kernels" / "winograd.cu")
+    """The bindings with their ops on the CPU key, over the emulator's kernels."""
+    kernels = compile_kernel(HERE / "kernels" / "rooms.cu")
     root = Path(torch.__file__).parent
     flags = [
         *("-std=c++20", "-O1", "-fPIC", "-shared", "-DPYWINO_CUDA_KEY=CPU"),
@@ -24,10 +24,10 @@ def library():
         *("-isystem", root / "include", "-I", CSRC),
     ]
     headers = [*CSRC.glob("torch/*.h"), *CSRC.rglob("core/**/*.h")]
-    key = digest(torch.__version__, flags, kernels.name, *contents([BINDING, *headers]))
+    key = digest(torch.__version__, flags, kernels.name, *contents([*BINDINGS, *headers]))
     name = f"binding-{key}.so"
     libraries = [root / "lib" / f"lib{lib}.so" for lib in ("torch_cpu", "c10")]
-    build = ["g++", *flags, BINDING, kernels, *libraries, f"-Wl,-rpath,{CACHE}"]
+    build = ["g++", *flags, *BINDINGS, kernels, *libraries, f"-Wl,-rpath,{CACHE}"]
     return make(CACHE / name, [*build, "-o", f"{{}}/{name}"])
 
 

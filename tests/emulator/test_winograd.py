@@ -16,7 +16,7 @@ from emulator.mutate import Recipe
 
 from pywino.reference import winograd as reference
 
-SOURCE = HERE / "kernels" / "winograd.cu"
+SOURCE = HERE / "kernels" / "rooms.cu"
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 DOMAINS = {"f16": 0, "f32": 1}
 # The unit roundoff of a format, and half the distance of its smallest numbers.
@@ -117,6 +117,7 @@ class Tensors:
         self.weight = encode(weight, case.dtype)
         self.bias = random.standard_normal(case.k).astype(np.float32)
         self.residual = encode(random.standard_normal((case.n, case.k, *case.out)), case.dtype)
+        self.grad = encode(random.standard_normal((case.n, case.k, *case.out)), case.dtype)
 
     def layout(self, x):
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1) if self.case.channels_last else x)
@@ -197,24 +198,29 @@ def run_filter(kernel, tensors, tile=None, rotate=False, **how):
     return u, scale
 
 
-def run_input(kernel, tensors, first, count, **how):
+def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, **how):
+    """V and its tiles' scales; `gradient`: D, of an output's gradient."""
     case = tensors.case
-    v = empty((case.taps, count, padded(case.c)), case.domain)
+    channels, size = (case.k, case.out) if gradient else (case.c, (case.h, case.w))
+    v = empty((case.taps, count, padded(channels)), case.domain)
     scale = np.ones(count, np.float32)
+    by_tile = case.domain == "f16" and peaks is None
     fields = {
         **tiles_fields(case),
-        **map_fields(case, case.c, case.h, case.w),
+        **map_fields(case, channels, *size),
         "first": c_int64(first),
         "count": c_int64(count),
         "channels": c_int64(v.shape[2]),
-        "pad_h": c_int(case.padding),
-        "pad_w": c_int(case.padding),
+        "pad_h": c_int(0 if gradient else case.padding),
+        "pad_w": c_int(0 if gradient else case.padding),
         "dtype": c_int(DTYPES[case.dtype]),
         "domain": c_int(DOMAINS[case.domain]),
-        "relu": c_bool(case.winograd_relu),
-        "input": In(tensors.layout(tensors.input)),
+        "relu": c_bool(case.winograd_relu and not gradient),
+        "gradient": c_bool(gradient),
+        "input": In(tensors.layout(tensors.grad if gradient else tensors.input)),
         "v": Out(v),
-        "scale": Out(scale) if case.domain == "f16" else None,
+        "scale": Out(scale) if by_tile else None,
+        "peaks": None if peaks is None else In(peaks),
     }
     kernel.call("pywino_winograd_input_transform", Struct(fields), None, **how)
     return v, scale
@@ -234,6 +240,72 @@ def run_product(kernel, domain, v, u, **how):
     }
     kernel.call("pywino_winograd_product", Struct(fields), None, **how)
     return m
+
+
+def run_summed_product(kernel, domain, d, v, splits, s=None, **how):
+    """S of each split; added to `s` where there is one."""
+    sums = np.zeros((splits, len(v), d.shape[2], v.shape[2]), np.float32) if s is None else s
+    fields = {
+        "tiles": c_int64(v.shape[1]),
+        "channels": c_int64(v.shape[2]),
+        "out_channels": c_int64(d.shape[2]),
+        "taps": c_int(v.shape[0]),
+        "splits": c_int(splits),
+        "domain": c_int(DOMAINS[domain]),
+        "accumulate": c_bool(s is not None),
+        "d": In(d),
+        "v": In(v),
+        "s": Out(sums) if s is None else InOut(sums),
+    }
+    kernel.call("pywino_winograd_summed_product", Struct(fields), None, **how)
+    return sums
+
+
+def run_filter_gradient(kernel, case, s, peaks, **how):
+    """dW of S (splits, taps, K', C'); `peaks`: of the gradient and the input, or None."""
+    size = case.tile + 2 if case.winograd_relu else 3
+    gradient = empty((case.k, case.c, size, size), case.dtype)
+    fields = {
+        "out_channels": c_int64(case.k),
+        "in_channels": c_int64(case.c),
+        "padded_out": c_int64(s.shape[2]),
+        "padded_in": c_int64(s.shape[3]),
+        "tile": c_int(case.tile),
+        "splits": c_int(s.shape[0]),
+        "dtype": c_int(DTYPES[case.dtype]),
+        "spatial": c_bool(not case.winograd_relu),
+        "s": In(s),
+        "grad_peaks": In(peaks[0]) if peaks else None,
+        "input_peaks": In(peaks[1]) if peaks else None,
+        "gradient": Out(gradient),
+    }
+    kernel.call("pywino_winograd_filter_gradient", Struct(fields), None, **how)
+    return gradient
+
+
+def run_input_gradient(kernel, tensors, m, tile_scale, filter_scale, first, gradient, **how):
+    """Adds what tiles `first` and on of M give to `gradient`."""
+    case = tensors.case
+    for part in range(4):
+        fields = {
+            **tiles_fields(case),
+            **map_fields(case, case.c, case.h, case.w),
+            "first": c_int64(first),
+            "count": c_int64(m.shape[1]),
+            "channels": c_int64(m.shape[2]),
+            "pad_h": c_int(case.padding),
+            "pad_w": c_int(case.padding),
+            "dtype": c_int(DTYPES[case.dtype]),
+            "domain": c_int(DOMAINS[case.domain]),
+            "row": c_int(part // 2),
+            "column": c_int(part % 2),
+            "input": In(tensors.layout(tensors.input)),
+            "m": In(m),
+            "tile_scale": In(tile_scale),
+            "filter_scale": In(filter_scale),
+            "gradient": InOut(gradient),
+        }
+        kernel.call("pywino_winograd_input_gradient", Struct(fields), None, **how)
 
 
 def run_output(kernel, tensors, m, tile_scale, filter_scale, first, **how):
@@ -312,26 +384,51 @@ def assert_rounded(actual, expected, magnitude, form, sums=1):
 TRANSFORM = 16
 
 
-def check_input_transform(kernel, case, **how):
+# (gradient, by_channel) of check_transform: forward's, the input gradient's, the weight gradient's.
+TRANSFORMS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def check_transform(kernel, case, gradient=False, by_channel=False, **how):
+    """V of the input or D of the output's gradient, scaled by tile or by channel."""
     tensors = Tensors(case)
-    bt, _, _ = matrices(case)
-    value, magnitude = transformed(bt, patches(tensors))
+    bt, _, at = matrices(case)
+    matrix = at.T if gradient else bt
+    tiles = in_tiles(case, decode(tensors.grad)) if gradient else patches(tensors)
+    value, magnitude = transformed(matrix, tiles)
     first, count = 1, value.shape[1] - 1  # tiles of a later launch
     if count == 0:
         first, count = 0, 1
-    v, scale = run_input(kernel, tensors, first, count, **how)
+    channels = tiles.shape[1]
+    peaks = peaks_of(tensors.grad if gradient else tensors.input) if by_channel else None
+    v, scale = run_transform(kernel, tensors, first, count, gradient, peaks, **how)
+    growth = np.abs(matrix).sum(1).max() ** 2
+    if by_channel:
+        scale = scale_of(peaks, growth)
+    else:
+        scale = scale[:, None]
+        if case.domain == "f16":
+            largest = np.abs(tiles).max((1, 2, 3))[first:, None]
+            assert (scale == 2.0 ** np.round(np.log2(scale))).all()
+            assert (scale >= largest * growth).all()
+            assert (scale <= np.maximum(largest * growth * 4, 1)).all()
     if case.domain == "f16":
-        largest = np.abs(patches(tensors)).max((1, 2, 3))[first:]
-        growth = np.abs(bt).sum(1).max() ** 2
-        assert (scale == 2.0 ** np.round(np.log2(scale))).all()
-        assert (scale >= largest * growth).all()
-        assert (scale <= np.maximum(largest * growth * 4, 1)).all()
         assert np.abs(v.astype(float)).max() <= 1
-    value, magnitude = (x[:, first:] / scale[:, None] for x in (value, magnitude))
-    if case.winograd_relu:
+    value, magnitude = (x[:, first:] / scale for x in (value, magnitude))
+    if case.winograd_relu and not gradient:
         value = np.maximum(value, 0)
-    assert_rounded(v[..., : case.c], value, magnitude, case.domain, TRANSFORM)
-    assert not v[..., case.c :].any()
+    assert_rounded(v[..., :channels], value, magnitude, case.domain, TRANSFORM)
+    assert not v[..., channels:].any()
+
+
+def peaks_of(x):
+    """max |x| of each channel."""
+    return np.abs(decode(x)).max((0, 2, 3)).astype(np.float32)
+
+
+def scale_of(peaks, growth):
+    """The powers of two that a transform takes from peaks: of growth 2^2, 2^5, …, 2^12."""
+    bits = np.ceil(np.log2(growth))
+    return 2.0 ** (np.floor(np.log2(peaks.astype(float))) + 1 + bits)
 
 
 def check_filter_transform(kernel, case, rotate, **how):
@@ -418,11 +515,119 @@ def check_output_transform(kernel, case, **how):
     assert excess.max() <= 0, f"worst {excess.max():.2e}"
 
 
+# taps, tiles, C', K', splits: both block shapes and edges of each, one step, splits without a tile.
+SUMS = [(4, 49, 24, 72, 3), (3, 130, 136, 72, 2), (2, 291, 72, 200, 5), (1, 5, 8, 16, 4)]
+
+
+def check_summed_product(kernel, shape, domain, **how):
+    taps, tiles, c, k, splits = shape
+    random = np.random.default_rng(c)
+    d, v = (empty((taps, tiles, channels), domain) for channels in (k, c))
+    for array in (d, v):
+        array[...] = random.uniform(-1, 1, array.shape)
+    s = run_summed_product(kernel, domain, d, v, splits, **how)
+    d, v = decode(d), decode(v)
+    expected = np.einsum("ptk,ptc->pkc", d, v)
+    magnitude = np.einsum("ptk,ptc->pkc", abs(d), abs(v))
+    # As in check_product; the splits' sums are rounded to fp32.
+    assert_rounded(s.sum(0, np.float64), expected, magnitude, "f32", sums=16)
+    half = tiles // 2 // 64 * 64
+    if half:  # two launches: the second adds
+        parts = [(d[:, :half], v[:, :half]), (d[:, half:], v[:, half:])]
+        encoded = [tuple(np.ascontiguousarray(encode(x, domain)) for x in part) for part in parts]
+        s = run_summed_product(kernel, domain, *encoded[0], splits, **how)
+        s = run_summed_product(kernel, domain, *encoded[1], splits, s, **how)
+        assert_rounded(s.sum(0, np.float64), expected, magnitude, "f32", sums=20)
+
+
+def check_filter_gradient(kernel, case, **how):
+    random = np.random.default_rng(case.c)
+    splits = 1 + case.c % 3
+    s = random.standard_normal((splits, case.taps, padded(case.k), padded(case.c)))
+    s = s.astype(np.float32)
+    peaks = None
+    scale = np.ones((case.k, case.c))
+    bt, g, at = matrices(case)
+    if case.domain == "f16":
+        peaks = [2.0 ** random.uniform(-12, -4, n).astype(np.float32) for n in (case.k, case.c)]
+        growths = (np.abs(x).sum(1).max() ** 2 for x in (at.T, bt))
+        scales = [scale_of(peak, growth) for peak, growth in zip(peaks, growths)]
+        scale = scales[0][:, None] * scales[1]
+    actual = run_filter_gradient(kernel, case, s, peaks, **how)
+    a = case.tile + 2
+    sums = s.astype(float).sum(0)[:, : case.k, : case.c].transpose(1, 2, 0)
+    sizes = abs(s.astype(float)).sum(0)[:, : case.k, : case.c].transpose(1, 2, 0)
+    sums, sizes = (x.reshape(case.k, case.c, a, a) * scale[..., None, None] for x in (sums, sizes))
+    if not case.winograd_relu:
+        sums = np.einsum("ai,kcab,bj->kcij", g, sums, g)
+        sizes = np.einsum("ai,kcab,bj->kcij", abs(g), sizes, abs(g))
+    assert_rounded(actual, sums, sizes, case.dtype, TRANSFORM + splits)
+
+
+def check_input_gradient(kernel, case, **how):
+    tensors = Tensors(case)
+    random = np.random.default_rng(1)
+    bt, _, _ = matrices(case)
+    v, _ = transformed(bt, patches(tensors))
+    m = empty((case.taps, v.shape[1], padded(case.c)), case.domain)
+    m[...] = random.standard_normal(m.shape)
+    tile_scale = 2.0 ** random.integers(-3, 3, v.shape[1]).astype(np.float32)
+    filter_scale = 2.0 ** random.integers(-3, 3, case.c).astype(np.float32)
+    gradient = tensors.layout(np.zeros(tensors.input.shape, np.float32))
+    half = v.shape[1] // 2  # two launches, as in parts
+    for first, tiles in ((0, slice(0, half)), (half, slice(half, None))):
+        part = np.ascontiguousarray(m[:, tiles])
+        if part.shape[1]:
+            scales = tile_scale[tiles], filter_scale
+            run_input_gradient(kernel, tensors, part, *scales, first, gradient, **how)
+    dv = decode(m)[..., : case.c] * (v > 0)
+    if case.domain == "f16":
+        dv = dv * tile_scale[:, None] * filter_scale
+    value, magnitude = (overlap_add(case, *x) for x in ((bt, dv), (abs(bt), abs(dv))))
+    assert_rounded(tensors.back(gradient), value, magnitude, "f32", TRANSFORM + 4)
+
+
+def overlap_add(case, bt, dv):
+    """The sum of B dv B^T over all tiles, (n, C, H, W)."""
+    phases_h, phases_w, rows, columns = case.tiles
+    d, m, a, p = case.dilation, case.tile, case.tile + 2, case.padding
+    square = np.einsum("ai,abtc,bj->tcij", bt, dv.reshape(a, a, *dv.shape[1:]), bt)
+    whole = np.zeros((case.n, case.c, (rows * m + 2) * d, (columns * m + 2) * d))
+    order = np.ndindex(case.n, phases_h, phases_w, rows, columns)
+    for tile, (n, y, x, r, c) in zip(square, order):
+        grid = whole[n, :, y::d, x::d]
+        grid[:, r * m : r * m + a, c * m : c * m + a] += tile
+    whole = np.pad(whole, [(0, 0), (0, 0)] + 2 * [(0, max(case.h, case.w) + p)])
+    return whole[:, :, p : p + case.h, p : p + case.w]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", [check_input_transform, check_output_transform])
+@pytest.mark.parametrize("check", [check_input_gradient, check_filter_gradient])
+def test_ends_of_gradients(emulate, run, check, case):
+    mode, schedule = run
+    check(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+@pytest.mark.parametrize("shape", SUMS, ids=str)
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_summed_product(emulate, run, shape, domain):
+    mode, schedule = run
+    check_summed_product(emulate(SOURCE, mode), shape, domain, schedule=schedule)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("check", [check_transform, check_output_transform])
 def test_transforms(emulate, run, check, case):
     mode, schedule = run
     check(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_transforms_of_gradients(emulate, run, case):
+    mode, schedule = run
+    for gradient, by_channel in TRANSFORMS[1:]:
+        if case.domain == "f16" or not by_channel:
+            check_transform(emulate(SOURCE, mode), case, gradient, by_channel, schedule=schedule)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -463,16 +668,7 @@ def convolution(tensors):
 def run_forward(kernel, tensors, limit=256 << 20, **how):
     case = tensors.case
     u, filter_scale = run_filter(kernel, tensors, **how)
-    tiles, nbytes = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    kernel.call(
-        "winograd_workspace",
-        Struct(geometry_fields(case)),
-        DOMAINS[case.domain],
-        limit,
-        InOut(tiles),
-        InOut(nbytes),
-    )
-    assert nbytes[0] <= limit
+    tiles, nbytes = workspace_of(kernel, case, limit)
     y = empty(tensors.layout(tensors.residual).shape, case.dtype)
     fields = {
         **geometry_fields(case),
@@ -485,11 +681,82 @@ def run_forward(kernel, tensors, limit=256 << 20, **how):
         "bias": In(tensors.bias) if case.bias else None,
         "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
         "output": Out(y),
-        "workspace": Workspace(int(nbytes[0])),
-        "chunk": c_int64(int(tiles[0])),
+        "workspace": Workspace(nbytes),
+        "chunk": c_int64(tiles),
     }
     kernel.call("winograd_forward", Struct(fields), None, **how)
-    return tensors.back(y), int(tiles[0])
+    return tensors.back(y), tiles
+
+
+def workspace_of(kernel, case, limit):
+    tiles, nbytes = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    geometry = Struct(geometry_fields(case))
+    arguments = (DOMAINS[case.domain], limit, InOut(tiles), InOut(nbytes))
+    kernel.call("winograd_workspace", geometry, *arguments)
+    assert nbytes[0] <= limit
+    return int(tiles[0]), int(nbytes[0])
+
+
+def run_weight_gradient(kernel, tensors, limit=256 << 20, **how):
+    case = tensors.case
+    tiles, nbytes = workspace_of(kernel, case, limit)
+    numbers = np.zeros(2, np.int64)
+    kernel.call(
+        "winograd_sums", Struct(geometry_fields(case)), DOMAINS[case.domain], InOut(numbers)
+    )
+    size = case.tile + 2 if case.winograd_relu else 3
+    gradient = empty((case.k, case.c, size, size), case.dtype)
+    scaled = case.domain == "f16"
+    fields = {
+        **geometry_fields(case),
+        "domain": c_int(DOMAINS[case.domain]),
+        "spatial": c_bool(not case.winograd_relu),
+        "winograd_relu": c_bool(case.winograd_relu),
+        "input": In(tensors.layout(tensors.input)),
+        "grad": In(tensors.layout(tensors.grad)),
+        "input_peaks": In(peaks_of(tensors.input)) if scaled else None,
+        "grad_peaks": In(peaks_of(tensors.grad)) if scaled else None,
+        "gradient": Out(gradient),
+        "sums": Workspace(4 * int(numbers[1])),
+        "workspace": Workspace(nbytes),
+        "chunk": c_int64(tiles),
+    }
+    kernel.call("winograd_weight_gradient", Struct(fields), None, **how)
+    return gradient
+
+
+def run_relu_input_gradient(kernel, tensors, limit=256 << 20, **how):
+    case = tensors.case
+    u, filter_scale = run_filter(kernel, tensors, rotate=True, **how)
+    tiles, nbytes = workspace_of(kernel, case, limit)
+    gradient = tensors.layout(np.zeros(tensors.input.shape, np.float32))
+    fields = {
+        **geometry_fields(case),
+        "domain": c_int(DOMAINS[case.domain]),
+        "input": In(tensors.layout(tensors.input)),
+        "grad": In(tensors.layout(tensors.grad)),
+        "filter": In(u),
+        "filter_scale": In(filter_scale),
+        "gradient": InOut(gradient),
+        "workspace": Workspace(nbytes),
+        "chunk": c_int64(tiles),
+    }
+    kernel.call("winograd_relu_input_gradient", Struct(fields), None, **how)
+    return tensors.back(gradient)
+
+
+def exact_gradients(tensors):
+    """Of the input and of the weight, in float64."""
+    case = tensors.case
+    leaves = [tensors.input, tensors.weight, tensors.grad]
+    x, w, g = (torch.from_numpy(np.ascontiguousarray(decode(t))) for t in leaves)
+    x.requires_grad_()
+    w.requires_grad_()
+    if case.winograd_relu:
+        y = reference.winograd_relu_conv2d(x, w, None, case.padding, case.dilation, case.tile)
+    else:
+        y = torch.conv2d(x, w, None, 1, case.padding, case.dilation)
+    return [t.numpy() for t in torch.autograd.grad(y, (x, w), g)]
 
 
 def error(y, expected):
@@ -502,6 +769,65 @@ def test_forward(emulate, mode, case):
     tensors = Tensors(case)
     y, _ = run_forward(emulate(SOURCE, mode), tensors)
     assert error(y, convolution(tensors)) <= BOUND[case.domain, case.dtype, case.tile]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("mode", ["fast", "check", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_weight_gradient(emulate, mode, case):
+    tensors = Tensors(case)
+    gradient = run_weight_gradient(emulate(SOURCE, mode), tensors)
+    bound = BOUND[case.domain, case.dtype, case.tile]
+    assert error(gradient, exact_gradients(tensors)[1]) <= bound
+
+
+RELU_CASES = [
+    *(case for case in CASES if case.winograd_relu),
+    Case(
+        n=2, c=13, h=9, w=11, k=18, dilation=2, padding=1, tile=2, winograd_relu=True, dtype="f16"
+    ),
+    Case(c=7, h=3, w=5, k=9, padding=2, winograd_relu=True, dtype="f32", channels_last=False),
+    Case(n=2, c=6, h=9, w=8, k=5, padding=0, tile=6, winograd_relu=True, dtype="f32", domain="f32"),
+]
+
+
+@pytest.mark.parametrize("case", RELU_CASES, ids=str)
+@pytest.mark.parametrize("mode", ["fast", "check", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_relu_gradients(emulate, mode, case):
+    tensors = Tensors(case)
+    by_input, by_weight = exact_gradients(tensors)
+    bound = BOUND[case.domain, case.dtype, case.tile]
+    kernel = emulate(SOURCE, mode)
+    assert error(run_relu_input_gradient(kernel, tensors), by_input) <= bound
+    assert error(run_weight_gradient(kernel, tensors), by_weight) <= bound
+
+
+def test_gradients_in_parts(emulate):
+    """Parts change the order of sums, and nothing else; the same parts give the same bits."""
+    kernel = emulate(SOURCE, "fast")
+    tensors = Tensors(Case(n=3, c=16, h=40, w=38, k=16, dtype="f32", domain="f32"))
+    limit = 36 * 128 * 32 * 4 + 2048
+    whole, parts = (run_weight_gradient(kernel, tensors, at) for at in (256 << 20, limit))
+    assert (parts == run_weight_gradient(kernel, tensors, limit)).all()
+    assert 0 < error(parts, whole.astype(float)) <= 1e-6
+    tensors = Tensors(
+        Case(n=3, c=16, h=40, w=38, k=16, dtype="f32", domain="f32", winograd_relu=True)
+    )
+    whole, parts = (run_relu_input_gradient(kernel, tensors, at) for at in (256 << 20, limit))
+    assert (parts == run_relu_input_gradient(kernel, tensors, limit)).all()
+    assert error(parts, whole.astype(float)) <= 1e-6
+
+
+def test_range_of_the_weight_gradient(emulate):
+    """Channels far from one another keep their accuracy: each has powers of two of its own."""
+    case = Case(n=1, c=9, h=9, w=9, k=9, dtype="bf16", tile=4)
+    tensors = Tensors(case)
+    powers = 2.0 ** np.arange(-60, 48, 12).reshape(1, 9, 1, 1)
+    tensors.input = bf16(from_bf16(tensors.input) * powers)
+    tensors.grad = bf16(from_bf16(tensors.grad) * powers[:, ::-1])
+    gradient = run_weight_gradient(emulate(SOURCE, "fast"), tensors)
+    expected = exact_gradients(tensors)[1]
+    undo = 1 / (powers[0, ::-1, None] * powers[0])[..., 0].reshape(9, 9, 1, 1)
+    assert error(from_bf16(gradient) * undo, expected * undo) <= 6e-3
 
 
 def test_forward_in_parts(emulate):
@@ -613,7 +939,13 @@ MUTATE = [
             *(
                 functools.partial(check, case=case)
                 for case in CASES
-                for check in (check_input_transform, check_output_transform)
+                for check in (check_transform, check_output_transform)
+            ),
+            *(
+                functools.partial(check_transform, case=case, gradient=g, by_channel=by_channel)
+                for case in CASES
+                for g, by_channel in TRANSFORMS[1:]
+                if case.domain == "f16" or not by_channel
             ),
             *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
         ],
@@ -621,11 +953,20 @@ MUTATE = [
     Recipe(
         CORE / "cuda_product.cu",
         [
-            functools.partial(check_product, shape=shape, domain=domain)
-            for shape in PRODUCTS
+            functools.partial(check, shape=shape, domain=domain)
+            for check, shapes in ((check_product, PRODUCTS), (check_summed_product, SUMS))
+            for shape in shapes
             for domain in DOMAINS
         ],
         headers=[CSRC / "core" / "common" / "gemm.cuh"],
+    ),
+    Recipe(
+        CORE / "cuda_gradients.cu",
+        [
+            functools.partial(check, case=case)
+            for case in CASES
+            for check in (check_input_gradient, check_filter_gradient)
+        ],
     ),
     Recipe(
         CORE / "cuda_direct.cu",

@@ -184,6 +184,15 @@ def test_compilers_see_what_each_kernel_reads_and_writes(monkeypatch):
         "_from_filter_domain": {"gradient"},
         "_masked_patches": {"patches"},
         "_overlap_add": {"output"},
+        "_whole": {"output", "mean", "gate"},
+        "_whole_gradient": {"input_gradient", "logit_gradient"},
+        "_sums": {"partial"},
+        "_gate": {"mean", "gate"},
+        "_gate_gradient": {"logit_gradient", "shift"},
+        "_apply": {"output"},
+        "_apply_gradient": {"input_gradient"},
+        "_cell": {"hidden", "next_cell"},
+        "_cell_gradient": {"grad_gates", "grad_cell"},
     }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the Triton Winograd kernels take of a GPU, without one: compiled ahead of time, read from
+"""What the Triton kernels take of a GPU, without one: compiled ahead of time, read from
 the machine code by the cuobjdump in Triton's package.
 
     python tests/kernels/triton_resources.py    writes resources_triton.json anew, in some minutes
@@ -21,9 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pywino.kernels import winograd
+from pywino.kernels import channel_attention, conv_lstm, winograd
 
 TABLE = Path(__file__).with_name("resources_triton.json")
+MODULES = (winograd, channel_attention, conv_lstm)
 ARCHITECTURES = (90, 80, 100)
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 INSTRUCTIONS = (*MATRIX_INSTRUCTIONS, "LDGSTS")
@@ -32,8 +33,8 @@ TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 
 def launches(architecture=90):
     """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
-    for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4; for the
-    others the forward pass of F4 in "f16"."""
+    for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4, and the
+    other rooms; for the others the forward pass of F4 in "f16"."""
     recorded = {}
 
     def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
@@ -65,6 +66,10 @@ def launches(architecture=90):
             v, s = d.new_empty(36, 128, block.c), d.new_empty(2, 36, block.k, block.c).float()
             for accumulate in (False, True) if architecture == 90 else (False,):
                 winograd._multiply_summed(d, v, s, domain, accumulate)
+        if architecture == 90:
+            for last in (True, False):
+                attention(last)
+            cell()
     return recorded
 
 
@@ -73,11 +78,16 @@ class record_launches:
         self.record = record
 
     def __enter__(self):
-        self.kept = winograd._launch, winograd._check_tensor
-        winograd._launch, winograd._check_tensor = self.record, lambda *arguments: None
+        self.launches = [module._launch for module in MODULES]
+        self.check = winograd._check_tensor
+        winograd._check_tensor = lambda *arguments: None
+        for module in MODULES:
+            module._launch = self.record
 
     def __exit__(self, *error):
-        winograd._launch, winograd._check_tensor = self.kept
+        winograd._check_tensor = self.check
+        for module, launch in zip(MODULES, self.launches):
+            module._launch = launch
 
 
 def transforms(tile, domain, dtype, last, n=2, channels=64, gradients=True):
@@ -94,6 +104,25 @@ def transforms(tile, domain, dtype, last, n=2, channels=64, gradients=True):
     w = x.new_empty(channels, channels, tile + 2, tile + 2)
     u, scale = winograd.transform_filter(w, tile, domain, rotate=True, spatial=False)
     winograd.relu_input_gradient(x, x, u, scale, *geometry, domain)
+
+
+def attention(last):
+    """Both forms, forward and backward, with all that they can have."""
+    for size in (8, 64):  # an image in one program, and in several
+        layout = torch.channels_last if last else torch.contiguous_format
+        like = {"dtype": torch.bfloat16, "device": "meta"}
+        x = torch.empty(2, 64, size, size, memory_format=layout, **like)
+        w1, w3, b1, b2 = (torch.empty(s, **like) for s in ((4, 64), (64, 64), (4,), (64,)))
+        w2 = w1.T.contiguous()
+        _, mean, gate = channel_attention.forward(x, w1, b1, w2, b2, w3, x, True, True)
+        channel_attention.backward(x, x, mean, gate, w1, b1, w2, w3, True)
+
+
+def cell():
+    gates = torch.empty(2, 128, 48, 48, dtype=torch.bfloat16, device="meta")
+    state = gates[:, :32].contiguous()
+    conv_lstm.forward(gates, state)
+    conv_lstm.backward(state, state, gates, state)
 
 
 def resources(launch, architecture):

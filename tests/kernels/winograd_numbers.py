@@ -8,8 +8,6 @@ the domain, M to the domain. What is left is the fp32 arithmetic of transforms a
 that takes a number across a rounding boundary. The other one is the float64 convolution; its bounds
 are what the domain costs."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,33 +17,10 @@ from pywino.reference import winograd as reference
 from pywino.testing import relative_l2
 
 pytest.importorskip("triton")
-from triton import language as tl
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from interpreted import DEVICE, prepare
 
-    # A GPU rounds float32 to bfloat16 to nearest, the interpreter cuts off. (Its tl.dot of
-    # bfloat16 is wrong too, but these kernels multiply 16-bit tensors in fp16.)
-    cast = InterpreterBuilder.cast_impl
-
-    def round_to_nearest(self, source, target):
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            rounded = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
-            return TensorHandle(rounded.view("uint16"), tl.bfloat16)
-        return cast(self, source, target)
-
-    InterpreterBuilder.cast_impl = round_to_nearest
-
-    # The interpreter takes 2 ms to enter a function, as it patches the language anew each time. In
-    # the kernels that is needed; what they call may be plain Python.
-    for name, function in list(vars(winograd).items()):
-        if isinstance(function, InterpretedFunction) and not any(
-            argument.startswith("BLOCK_") for argument in function.arg_names
-        ):
-            setattr(winograd, name, function.fn)
+prepare(winograd)
 
 GEOMETRIES = [  # padding, dilation, (h, w)
     ((1, 1), (1, 1), (9, 11)),

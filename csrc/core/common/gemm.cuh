@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The mainloop of every dense product: one block computes BM x BN of D = A B^T on tensor cores (mma.sync, sm_80 and later).
+// The mainloops of every dense product: one block computes BM x BN of D on tensor cores (mma.sync, sm_80 and later).
 //
-//   A: rows of the output, B: its columns; both lie in memory with k innermost. A stage holds 128 bytes of k of each row:
+//   Gemm      D = A B^T   A: rows of the output, B: its columns; both lie in memory with k innermost
+//   GemmTn    D = A^T B   k is the row of both: what is summed over lies in the outer dimension, as tiles do in V
 //
-//        shared memory, one stage          BM rows of A, then BN rows of B
-//        row r:  | chunk 0 ^ (r & 7) | 1 ^ (r & 7) | ... | 7 ^ (r & 7) |    eight chunks of 16 bytes
-//
-//   The exclusive or spreads the eight rows that one ldmatrix phase reads over all 32 banks. kStages stages are in flight:
-//   while the warps multiply one, cp.async fills the others. Where a row comes from is the caller's: `load(iteration, stage)`
-//   issues the copies, `write` hands the finished tile out in chunks of eight columns.
+// kStages stages are in flight: while the warps multiply one, cp.async fills the others. Where a row comes from is the
+// caller's: `load(iteration, stage)` issues the copies, `write` hands the finished tile out in chunks of eight columns.
 //
 // Bytes and operations: a block reads (BM + BN) k elements for 2 BM BN k operations; at 128 x 128 in 16 bits that is 64
 // operations a byte, so with two blocks sharing an SM's L2 bandwidth the tensor cores stay the limit from k = 64 on.
@@ -73,60 +70,35 @@ struct MmaTf32x3 {
   }
 };
 
-template <class Mma, int kBlockM, int kBlockN, int kWarpsM, int kWarpsN, int kStages_ = 3>
-struct Gemm {
+// The sums of a block, spread over its warps' fragments.
+template <class Mma, int kBlockM, int kBlockN, int kWarpsM, int kWarpsN>
+struct GemmSums {
   using Element = typename Mma::Element;
-  static constexpr int BM = kBlockM, BN = kBlockN, kStages = kStages_;
+  using Sums = float[kBlockM / kWarpsM / 16][kBlockN / kWarpsN / 8][4];
+  static constexpr int BM = kBlockM, BN = kBlockN;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   // Two blocks hide each other's barriers and epilogues; split products need the registers of both.
   static constexpr int kBlocksPerSm = Mma::kSplit ? 1 : 2;
-  static constexpr int kRowBytes = 128;
-  static constexpr int BK = kRowBytes / int(sizeof(Element));
-  static constexpr int kStageBytes = (BM + BN) * kRowBytes;
   // The finished tile passes through the stages' memory; eight floats of padding spread a fragment's rows over the banks.
   static constexpr int kPitch = BN + 8;
   static constexpr int kTileBytes = BM * kPitch * int(sizeof(float));
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes > kTileBytes ? kStages * kStageBytes : kTileBytes;
   static constexpr int kWarpM = BM / kWarpsM, kWarpN = BN / kWarpsN;
   static constexpr int FM = kWarpM / 16, FN = kWarpN / 8;  // fragments of a warp
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kThreads % 8 == 0);
-  static_assert(BM * 8 % kThreads == 0 && BN * 8 % kThreads == 0);
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
 
-  float sum[FM][FN][4] = {};
+  Sums sum = {};
 
-  // Byte offset of 16-byte chunk `chunk` of row `row`, from the stage's first row of A or of B.
-  __device__ static uint32_t offset(int row, int chunk) {
-    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-  }
-  // One operand's chunk that this thread copies in step i: 8 threads a row.
-  __device__ static int row_of(int i) { return int(threadIdx.x) / 8 + i * (kThreads / 8); }
-  __device__ static int chunk_of() { return int(threadIdx.x) % 8; }
+  __device__ static int lane() { return int(threadIdx.x) % 32; }
+  // The first row and column of this thread's warp.
+  __device__ static int warp_m() { return int(threadIdx.x) / 32 % kWarpsM * kWarpM; }
+  __device__ static int warp_n() { return int(threadIdx.x) / 32 / kWarpsM * kWarpN; }
 
-  // load(iteration, stage address) issues the cp.async copies of one stage: A's rows first, B's at stage + BM * kRowBytes.
-  template <class Load>
-  __device__ void run(uint32_t shared, int iterations, Load&& load) {
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (s < iterations) load(s, shared + s * kStageBytes);
-      ptx::cp_async_commit_group();
-    }
-    for (int it = 0; it < iterations; ++it) {
-      ptx::cp_async_wait_group<kStages - 2>();
-      __syncthreads();  // stage `it` is there for all, and all have left the one that is filled next
-      const int next = it + kStages - 1;
-      if (next < iterations) load(next, shared + next % kStages * kStageBytes);
-      ptx::cp_async_commit_group();
-      multiply(shared + it % kStages * kStageBytes);
-    }
-    ptx::cp_async_wait_group<0>();
-    __syncthreads();  // nobody reads the stages any more: `write` may use them
-  }
-
-  __device__ void multiply(uint32_t stage) {
+  // multiply(sums) adds the products of one stage.
+  template <class Multiply>
+  __device__ void add(Multiply&& multiply) {
     if constexpr (Mma::kSplit) {
-      float part[FM][FN][4] = {};
-      multiply_into(part, stage);
+      Sums part = {};
+      multiply(part);
 #pragma unroll
       for (int i = 0; i < FM; ++i)
 #pragma unroll
@@ -134,38 +106,14 @@ struct Gemm {
 #pragma unroll
           for (int e = 0; e < 4; ++e) sum[i][j][e] += part[i][j][e];
     } else {
-      multiply_into(sum, stage);
-    }
-  }
-
-  __device__ void multiply_into(float (&d)[FM][FN][4], uint32_t stage) {
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int m = warp % kWarpsM * kWarpM, n = warp / kWarpsM * kWarpN;
-#pragma unroll
-    for (int step = 0; step < kRowBytes / 32; ++step) {
-      uint32_t a[FM][4], b[FN / 2][4];
-      // a[i]: matrices (rows 0-7, 8-15) x (bytes 0-15, 16-31). b[j]: two fragments, each (bytes 0-15, 16-31) of 8 columns.
-#pragma unroll
-      for (int i = 0; i < FM; ++i)
-        ptx::ldmatrix_x4(a[i], stage + offset(m + i * 16 + lane % 16, step * 2 + lane / 16));
-#pragma unroll
-      for (int j = 0; j < FN / 2; ++j)
-        ptx::ldmatrix_x4(
-            b[j], stage + BM * kRowBytes +
-                      offset(n + j * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-#pragma unroll
-      for (int i = 0; i < FM; ++i)
-#pragma unroll
-        for (int j = 0; j < FN; ++j) Mma::multiply(d[i][j], a[i], &b[j / 2][j % 2 * 2]);
+      multiply(sum);
     }
   }
 
   // store(row, column, eight sums) for the whole tile, neighbouring threads on neighbouring columns.
   template <class Store>
   __device__ void write(float* tile, Store&& store) {
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-    const int m = warp % kWarpsM * kWarpM + lane / 4;
-    const int n = warp / kWarpsM * kWarpN + lane % 4 * 2;
+    const int m = warp_m() + lane() / 4, n = warp_n() + lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < FM; ++i)
 #pragma unroll
@@ -186,6 +134,183 @@ struct Gemm {
         sums.x[i + 4] = high.x[i];
       }
       store(row, column, sums);
+    }
+  }
+};
+
+// load(iteration, stage's bytes from the first) and multiply(the same) for all iterations, kStages of them in flight.
+template <int kStages, int kStageBytes, class Load, class Multiply>
+__device__ inline void pipeline(int iterations, Load&& load, Multiply&& multiply) {
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < iterations) load(s, s * kStageBytes);
+    ptx::cp_async_commit_group();
+  }
+  for (int it = 0; it < iterations; ++it) {
+    ptx::cp_async_wait_group<kStages - 2>();
+    __syncthreads();  // stage `it` is there for all, and all have left the one that is filled next
+    const int next = it + kStages - 1;
+    if (next < iterations) load(next, next % kStages * kStageBytes);
+    ptx::cp_async_commit_group();
+    multiply(it % kStages * kStageBytes);
+  }
+  ptx::cp_async_wait_group<0>();
+  __syncthreads();  // nobody reads the stages any more: `write` may use them
+}
+
+// D = A B^T. A stage holds 128 bytes of k of each row:
+//
+//        shared memory, one stage          BM rows of A, then BN rows of B
+//        row r:  | chunk 0 ^ (r & 7) | 1 ^ (r & 7) | ... | 7 ^ (r & 7) |    eight chunks of 16 bytes
+//
+// The exclusive or spreads the eight rows that one ldmatrix phase reads over all 32 banks.
+template <class Mma, int kBlockM, int kBlockN, int kWarpsM, int kWarpsN, int kStages_ = 3>
+struct Gemm : GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN> {
+  using Base = GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN>;
+  using Base::BM, Base::BN, Base::FM, Base::FN, Base::kThreads, Base::lane;
+  using typename Base::Element;
+  using typename Base::Sums;
+  static constexpr int kStages = kStages_;
+  static constexpr int kRowBytes = 128;
+  static constexpr int BK = kRowBytes / int(sizeof(Element));
+  static constexpr int kStageBytes = (BM + BN) * kRowBytes;
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > Base::kTileBytes ? kStages * kStageBytes : Base::kTileBytes;
+  static_assert(kThreads % 8 == 0 && BM * 8 % kThreads == 0 && BN * 8 % kThreads == 0);
+
+  // Byte offset of 16-byte chunk `chunk` of row `row`, from the stage's first row of A or of B.
+  __device__ static uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
+  // One operand's chunk that this thread copies in step i: 8 threads a row.
+  __device__ static int row_of(int i) { return int(threadIdx.x) / 8 + i * (kThreads / 8); }
+  __device__ static int chunk_of() { return int(threadIdx.x) % 8; }
+
+  // load(iteration, stage address) issues the cp.async copies of one stage: A's rows first, B's at stage + BM * kRowBytes.
+  template <class Load>
+  __device__ void run(uint32_t shared, int iterations, Load&& load) {
+    pipeline<kStages, kStageBytes>(
+        iterations, [&](int iteration, int stage) { load(iteration, shared + stage); },
+        [&](int stage) { this->add([&](Sums& sums) { multiply(sums, shared + stage); }); });
+  }
+
+  __device__ static void multiply(Sums& d, uint32_t stage) {
+    const int m = Base::warp_m(), n = Base::warp_n();
+#pragma unroll
+    for (int step = 0; step < kRowBytes / 32; ++step) {
+      uint32_t a[FM][4], b[FN / 2][4];
+      // a[i]: matrices (rows 0-7, 8-15) x (bytes 0-15, 16-31). b[j]: two fragments, each (bytes 0-15, 16-31) of 8 columns.
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+        ptx::ldmatrix_x4(a[i], stage + offset(m + i * 16 + lane() % 16, step * 2 + lane() / 16));
+#pragma unroll
+      for (int j = 0; j < FN / 2; ++j)
+        ptx::ldmatrix_x4(
+            b[j], stage + BM * kRowBytes +
+                      offset(n + j * 16 + lane() / 16 * 8 + lane() % 8, step * 2 + lane() / 8 % 2));
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+#pragma unroll
+        for (int j = 0; j < FN; ++j) Mma::multiply(d[i][j], a[i], &b[j / 2][j % 2 * 2]);
+    }
+  }
+};
+
+// D = A^T B. A stage holds BK rows of k, each BM elements of A; behind them BK rows of B. Eight elements of padding move
+// neighbouring rows by 16 bytes (16-bit elements: ldmatrix.trans reads eight of them at once) or 32 (fp32: the four rows
+// and eight columns of a fragment, read word by word, since ldmatrix transposes 16-bit elements only) over the banks.
+template <class Mma, int kBlockM, int kBlockN, int kWarpsM, int kWarpsN, int kStages_ = 4>
+struct GemmTn : GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN> {
+  using Base = GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN>;
+  using Base::BM, Base::BN, Base::FM, Base::FN, Base::kThreads, Base::lane;
+  using typename Base::Element;
+  using typename Base::Sums;
+  static constexpr int kStages = kStages_;
+  static constexpr int kElementsOfChunk = 16 / int(sizeof(Element));
+  static constexpr int BK = 64 / int(sizeof(Element));      // two steps of the instructions
+  static constexpr int kPitchA = BM + 8, kPitchB = BN + 8;  // elements
+  static constexpr int kBytesA = BK * kPitchA * int(sizeof(Element));
+  static constexpr int kStageBytes = kBytesA + BK * kPitchB * int(sizeof(Element));
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > Base::kTileBytes ? kStages * kStageBytes : Base::kTileBytes;
+  static_assert(BK * BM / kElementsOfChunk % kThreads == 0 &&
+                BK * BN / kElementsOfChunk % kThreads == 0);
+
+  // copy(row of the stage, first column, address) for each chunk that this thread copies of one operand, `width` columns.
+  template <int kWidth, class Copy>
+  __device__ static void for_chunks(uint32_t operand, Copy&& copy) {
+    constexpr int kChunks = kWidth / kElementsOfChunk;
+#pragma unroll
+    for (int i = 0; i < BK * kChunks / kThreads; ++i) {
+      const int index = int(threadIdx.x) + i * kThreads;
+      const int row = index / kChunks, column = index % kChunks * kElementsOfChunk;
+      copy(row, column, operand + (row * (kWidth + 8) + column) * int(sizeof(Element)));
+    }
+  }
+
+  // load(iteration, address of A's rows, address of B's) issues the cp.async copies of one stage.
+  template <class Load>
+  __device__ void run(const unsigned char* shared, int iterations, Load&& load) {
+    const uint32_t address = ptx::shared_address(shared);
+    pipeline<kStages, kStageBytes>(
+        iterations,
+        [&](int iteration, int stage) {
+          load(iteration, address + stage, address + stage + kBytesA);
+        },
+        [&](int stage) {
+          this->add([&](Sums& sums) {
+            if constexpr (sizeof(Element) == 2)
+              multiply(sums, address + stage);
+            else
+              multiply(sums, reinterpret_cast<const float*>(shared + stage));
+          });
+        });
+  }
+
+  __device__ static void multiply(Sums& d, uint32_t stage) {
+    const int m = Base::warp_m(), n = Base::warp_n();
+#pragma unroll
+    for (int k = 0; k < BK; k += 16) {
+      uint32_t a[FM][4], b[FN / 2][4];
+      // a[i]: matrices (rows of k 0-7, 8-15) x (columns 0-7, 8-15), the columns first. b[j]: the rows first.
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+        ptx::ldmatrix_x4_trans(a[i], stage + ((k + lane() / 16 * 8 + lane() % 8) * kPitchA + m +
+                                              i * 16 + lane() / 8 % 2 * 8) *
+                                                 2);
+#pragma unroll
+      for (int j = 0; j < FN / 2; ++j)
+        ptx::ldmatrix_x4_trans(
+            b[j],
+            stage + kBytesA + ((k + lane() % 16) * kPitchB + n + j * 16 + lane() / 16 * 8) * 2);
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+#pragma unroll
+        for (int j = 0; j < FN; ++j) Mma::multiply(d[i][j], a[i], &b[j / 2][j % 2 * 2]);
+    }
+  }
+
+  __device__ static void multiply(Sums& d, const float* stage) {
+    // Of a fragment a lane has column lane / 4 and row lane % 4, then those 8 columns and 4 rows on.
+    const float* from_a = stage + lane() % 4 * kPitchA + Base::warp_m() + lane() / 4;
+    const float* from_b = stage + BK * kPitchA + lane() % 4 * kPitchB + Base::warp_n() + lane() / 4;
+#pragma unroll
+    for (int k = 0; k < BK; k += 8) {
+      uint32_t a[FM][4], b[FN][2];
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          a[i][e] = __float_as_uint(from_a[(k + e / 2 * 4) * kPitchA + i * 16 + e % 2 * 8]);
+#pragma unroll
+      for (int j = 0; j < FN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          b[j][e] = __float_as_uint(from_b[(k + e * 4) * kPitchB + j * 8]);
+#pragma unroll
+      for (int i = 0; i < FM; ++i)
+#pragma unroll
+        for (int j = 0; j < FN; ++j) Mma::multiply(d[i][j], a[i], b[j]);
     }
   }
 };

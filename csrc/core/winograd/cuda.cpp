@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The three stages in order, over as many tiles at a time as the workspace holds. Host code alone: nothing here needs CUDA.
+// The stages in order, forward and of the gradients, over as many tiles at a time as the workspace holds. Host code alone: nothing here needs CUDA.
 #include "cuda.h"
 
 #include <algorithm>
@@ -66,26 +66,60 @@ int64_t tiles_within(const Geometry& g, Domain domain, int64_t limit) {
                                         kLeastTiles);
 }
 
+int64_t splits_of(const Geometry& g, Domain domain) {
+  constexpr int64_t kBlocks = 512;  // of 128 x 128, that keep every multiprocessor busy
+  const auto blocks = [](int64_t channels) { return (channels + 127) / 128; };
+  const int64_t taps = int64_t(g.tile + 2) * (g.tile + 2);
+  const int64_t at_hand = taps * blocks(g.input.c) * blocks(g.out_channels);
+  const int64_t steps = tiles_of(g).count / (domain == Domain::f16 ? 128 : 64);  // of some length
+  return std::max<int64_t>(1, std::min(kBlocks / at_hand, steps));
+}
+
+int64_t sum_floats(const Geometry& g, Domain domain) {
+  return splits_of(g, domain) * (g.tile + 2) * (g.tile + 2) * padded(g.out_channels) *
+         padded(g.input.c);
+}
+
+namespace {
+
+// V of the input.
+InputTransform input_transform_of(const Geometry& g, Domain domain, const void* input, void* v) {
+  InputTransform p{};
+  p.tiles = tiles_of(g);
+  p.map = map_of(g.input.n, g.input.c, g.input.h, g.input.w, g.channels_last);
+  p.channels = padded(g.input.c);
+  p.pad_h = int(g.pad_h);
+  p.pad_w = int(g.pad_w);
+  p.dtype = g.dtype;
+  p.domain = domain;
+  p.input = input;
+  p.v = v;
+  return p;
+}
+
+// D of the output's gradient.
+InputTransform grad_transform_of(const Geometry& g, Domain domain, const void* grad, void* d) {
+  InputTransform p = input_transform_of(g, domain, grad, d);
+  p.map = map_of(g.input.n, g.out_channels, g.out_h(), g.out_w(), g.channels_last);
+  p.channels = padded(g.out_channels);
+  p.pad_h = p.pad_w = 0;
+  p.gradient = true;
+  return p;
+}
+
+}  // namespace
+
 int forward(const Forward& f, void* stream) {
   const Geometry& g = f.geometry;
-  const Tiles tiles = tiles_of(g);
   const Layout layout = layout_of(g, f.domain, f.chunk);
   char* const v = static_cast<char*>(f.workspace);
   char* const m = v + layout.v;
   float* const scale = reinterpret_cast<float*>(m + layout.m);
 
-  InputTransform input{};
-  input.tiles = tiles;
-  input.map = map_of(g.input.n, g.input.c, g.input.h, g.input.w, g.channels_last);
-  input.channels = padded(g.input.c);
-  input.pad_h = int(g.pad_h);
-  input.pad_w = int(g.pad_w);
-  input.dtype = g.dtype;
-  input.domain = f.domain;
+  InputTransform input = input_transform_of(g, f.domain, f.input, v);
   input.relu = f.winograd_relu;
-  input.input = f.input;
-  input.v = v;
   input.scale = scale;
+  const Tiles& tiles = input.tiles;
 
   Product product{};
   product.channels = input.channels;
@@ -116,6 +150,101 @@ int forward(const Forward& f, void* stream) {
     if (const int error = pywino_winograd_input_transform(&input, stream)) return error;
     if (const int error = pywino_winograd_product(&product, stream)) return error;
     if (const int error = pywino_winograd_output_transform(&output, stream)) return error;
+  }
+  return 0;
+}
+
+int weight_gradient(const WeightGradient& f, void* stream) {
+  const Geometry& g = f.geometry;
+  char* const v = static_cast<char*>(f.workspace);
+  char* const d = v + layout_of(g, f.domain, f.chunk).v;
+
+  InputTransform input = input_transform_of(g, f.domain, f.input, v);
+  input.relu = f.winograd_relu;
+  input.peaks = f.input_peaks;
+  InputTransform grad = grad_transform_of(g, f.domain, f.grad, d);
+  grad.peaks = f.grad_peaks;
+
+  SummedProduct product{};
+  product.channels = input.channels;
+  product.out_channels = grad.channels;
+  product.taps = (g.tile + 2) * (g.tile + 2);
+  product.splits = int(splits_of(g, f.domain));
+  product.domain = f.domain;
+  product.d = d;
+  product.v = v;
+  product.s = f.sums;
+
+  const int64_t count = input.tiles.count;
+  for (int64_t first = 0; first < count; first += f.chunk) {
+    input.first = grad.first = first;
+    input.count = grad.count = product.tiles = std::min(f.chunk, count - first);
+    product.accumulate = first > 0;
+    if (const int error = pywino_winograd_input_transform(&grad, stream)) return error;
+    if (const int error = pywino_winograd_input_transform(&input, stream)) return error;
+    if (const int error = pywino_winograd_summed_product(&product, stream)) return error;
+  }
+
+  FilterGradient filter{};
+  filter.out_channels = g.out_channels;
+  filter.in_channels = g.input.c;
+  filter.padded_out = product.out_channels;
+  filter.padded_in = product.channels;
+  filter.tile = g.tile;
+  filter.splits = product.splits;
+  filter.dtype = g.dtype;
+  filter.spatial = f.spatial;
+  filter.s = f.sums;
+  filter.grad_peaks = f.grad_peaks;
+  filter.input_peaks = f.input_peaks;
+  filter.gradient = f.gradient;
+  return pywino_winograd_filter_gradient(&filter, stream);
+}
+
+int relu_input_gradient(const ReluInputGradient& f, void* stream) {
+  const Geometry& g = f.geometry;
+  const Layout layout = layout_of(g, f.domain, f.chunk);
+  char* const m = static_cast<char*>(f.workspace);  // of C', where forward has V
+  char* const d = m + layout.v;
+  float* const scale = reinterpret_cast<float*>(d + layout.m);
+
+  InputTransform grad = grad_transform_of(g, f.domain, f.grad, d);
+  grad.scale = scale;
+
+  Product product{};
+  product.channels = grad.channels;
+  product.out_channels = padded(g.input.c);
+  product.taps = (g.tile + 2) * (g.tile + 2);
+  product.domain = f.domain;
+  product.v = d;
+  product.u = f.filter;
+  product.m = m;
+
+  InputGradient output{};
+  output.tiles = grad.tiles;
+  output.map = map_of(g.input.n, g.input.c, g.input.h, g.input.w, g.channels_last);
+  output.channels = product.out_channels;
+  output.pad_h = int(g.pad_h);
+  output.pad_w = int(g.pad_w);
+  output.dtype = g.dtype;
+  output.domain = f.domain;
+  output.input = f.input;
+  output.m = m;
+  output.tile_scale = scale;
+  output.filter_scale = f.filter_scale;
+  output.gradient = f.gradient;
+
+  const int64_t count = grad.tiles.count;
+  for (int64_t first = 0; first < count; first += f.chunk) {
+    grad.first = output.first = first;
+    grad.count = product.tiles = output.count = std::min(f.chunk, count - first);
+    if (const int error = pywino_winograd_input_transform(&grad, stream)) return error;
+    if (const int error = pywino_winograd_product(&product, stream)) return error;
+    for (int part = 0; part < 4; ++part) {
+      output.row = part / 2;
+      output.column = part % 2;
+      if (const int error = pywino_winograd_input_gradient(&output, stream)) return error;
+    }
   }
   return 0;
 }

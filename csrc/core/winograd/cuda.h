@@ -6,6 +6,13 @@
 //   product           M[tap][tile][K']  = V U^T            tensor cores, one product a tap
 //   output transform  Y                 = A^T M A + bias + residual, ReLU
 //
+// Gradients meet there, too. Of the weight, D[tap][tile][K'] = A dY A^T and V are multiplied along the tiles,
+//
+//   summed product    S[split][tap][K'][C'] = sum over tiles D V
+//   filter gradient   dW = G^T S G
+//
+// and of the Winograd-ReLU layer's input M[tap][tile][C'] = D U, then dX = sum over tiles B [M . (V > 0)] B^T.
+//
 // C' and K' are C and K rounded up to 16-byte rows, the rest zero.
 #pragma once
 
@@ -46,10 +53,13 @@ struct InputTransform {
   int pad_h, pad_w;
   DType dtype;
   Domain domain;
-  bool relu;  // on V: the Winograd-ReLU layer
+  bool relu;      // on V: the Winograd-ReLU layer
+  bool gradient;  // `input` is the output's gradient, V is D = A dY A^T; pad_h and pad_w are 0
   const void* input;
   void* v;
   float* scale;  // count powers of two that undo the tiles' scaling; unused by Domain::f32
+  // max |input| of each channel: then the powers are of channels, not of tiles, over which the weight gradient sums.
+  const float* peaks;
 };
 
 struct Product {
@@ -59,6 +69,17 @@ struct Product {
   const void* v;
   const void* u;
   void* m;
+};
+
+// S[split][tap] (+)= D^T V over the tiles of each split. Splits are equal parts of a launch's tiles.
+struct SummedProduct {
+  int64_t tiles, channels, out_channels;  // count, C', K'
+  int taps, splits;
+  Domain domain;
+  bool accumulate;  // add to S, which an earlier launch has written
+  const void* d;
+  const void* v;
+  float* s;
 };
 
 struct OutputTransform {
@@ -75,6 +96,36 @@ struct OutputTransform {
   const float* bias;          // K, or nullptr
   const void* residual;       // like the output, or nullptr
   void* output;
+};
+
+// dW = G^T S G of the sum over all splits.
+struct FilterGradient {
+  int64_t out_channels, in_channels, padded_out, padded_in;  // K, C, K', C'
+  int tile, splits;
+  DType dtype;
+  bool spatial;  // else S itself: the weight is in the Winograd domain
+  const float* s;
+  const float* grad_peaks;  // what D and V were scaled by, nullptr for Domain::f32
+  const float* input_peaks;
+  void* gradient;  // K x C kernels, dense
+};
+
+// dX += B [ M . (B^T d B > 0) ] B^T. Patches of neighbouring tiles overlap by two rows and columns, so a launch has every
+// other tile of every other row, four launches have all of them, and a pixel's sum has a fixed order.
+struct InputGradient {
+  Tiles tiles;
+  TensorMap map;  // of the input
+  int64_t first, count;
+  int64_t channels;  // C'
+  int pad_h, pad_w;
+  DType dtype;
+  Domain domain;
+  int row, column;    // 0 or 1: which tiles, by the last bit of their row and column
+  const void* input;  // for the mask
+  const void* m;
+  const float* tile_scale;    // of InputTransform, with `gradient`
+  const float* filter_scale;  // C powers of two
+  float* gradient;            // like the input, in fp32
 };
 
 // U[tap][K'][C'] from K x C kernels of any strides. For the direct kernel (tile 1) the taps are the nine of the kernel
@@ -115,7 +166,7 @@ inline int64_t padded(int64_t channels) { return (channels + 7) / 8 * 8; }
 inline int64_t element_size(Domain domain) { return domain == Domain::f16 ? 2 : 4; }
 
 PYWINO_API Tiles tiles_of(const Geometry&);
-// Bytes of workspace for `count` tiles.
+// Bytes of workspace for `count` tiles: V or M of C', M or D of K', and tiles' scales; the gradients' are alike.
 PYWINO_API int64_t workspace_bytes(const Geometry&, Domain, int64_t count);
 // Tiles that a launch takes at once so that the workspace stays within `limit` bytes; 0 where not even the least one fits.
 PYWINO_API int64_t tiles_within(const Geometry&, Domain, int64_t limit);
@@ -134,11 +185,47 @@ struct Forward {
   int64_t chunk;  // tiles_within()
 };
 
+struct WeightGradient {
+  Geometry geometry;
+  Domain domain;
+  bool spatial, winograd_relu;
+  const void* input;
+  const void* grad;          // in the input's memory format
+  const float* input_peaks;  // max |x| of each channel, Domain::f16
+  const float* grad_peaks;
+  void* gradient;
+  float* sums;  // sum_floats(): beside the workspace
+  void* workspace;
+  int64_t chunk;
+};
+
+// Of the Winograd-ReLU layer.
+struct ReluInputGradient {
+  Geometry geometry;
+  Domain domain;
+  const void* input;
+  const void* grad;           // in the input's memory format
+  const void* filter;         // U, made with `rotate`
+  const float* filter_scale;  // Domain::f16
+  float* gradient;            // like the input, in fp32, all zero
+  void* workspace;
+  int64_t chunk;
+};
+
+// Parts into which the weight gradient's sum is cut where there are few channels, and the floats of their sums.
+PYWINO_API int64_t splits_of(const Geometry&, Domain);
+PYWINO_API int64_t sum_floats(const Geometry&, Domain);
+
 // Each returns a cudaError_t, 0 where the launch went well.
 PYWINO_API int forward(const Forward&, void* stream);
+PYWINO_API int weight_gradient(const WeightGradient&, void* stream);
+PYWINO_API int relu_input_gradient(const ReluInputGradient&, void* stream);
 extern "C" {
 PYWINO_API int pywino_winograd_input_transform(const InputTransform*, void* stream);
 PYWINO_API int pywino_winograd_product(const Product*, void* stream);
+PYWINO_API int pywino_winograd_summed_product(const SummedProduct*, void* stream);
+PYWINO_API int pywino_winograd_filter_gradient(const FilterGradient*, void* stream);
+PYWINO_API int pywino_winograd_input_gradient(const InputGradient*, void* stream);
 PYWINO_API int pywino_winograd_output_transform(const OutputTransform*, void* stream);
 PYWINO_API int pywino_winograd_filter_transform(const FilterTransform*, void* stream);
 PYWINO_API int pywino_winograd_direct(const Direct*, void* stream);

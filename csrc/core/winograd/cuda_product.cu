@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The middle stage of the Winograd convolution: for each tap, M = V U^T on tensor cores.
+// The middle stage of the Winograd convolution: for each tap, M = V U^T on tensor cores; and of the weight gradient,
+// S = D^T V, which is summed over tiles.
 //
 // Operations: 2 C K a tile and tap, so a^2 / (9 m^2) of the direct convolution's (F4: a quarter). Bytes: V read once from
 // memory when the blocks that share its rows run side by side (columns innermost in the block order), U from L2.
@@ -53,6 +54,70 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) product(Product 
   });
 }
 
+// S[split][tap] (+)= D[tap]^T V[tap]. Blocks of one split and tap run side by side: they share its rows of D and V in L2.
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) summed_product(SummedProduct p) {
+  using E = typename G::Element;
+  PYWINO_DYNAMIC_SHARED(unsigned char, shared);
+
+  const int64_t blocks_n = (p.channels + G::BN - 1) / G::BN;
+  const int64_t blocks_m = (p.out_channels + G::BM - 1) / G::BM;
+  const int64_t n0 = blockIdx.x % blocks_n * G::BN;
+  const int64_t m0 = blockIdx.x / blocks_n % blocks_m * G::BM;
+  const int64_t tap = blockIdx.x / blocks_n / blocks_m % p.taps;
+  const int64_t split = blockIdx.x / blocks_n / blocks_m / p.taps;
+  const int64_t steps = (p.tiles + G::BK - 1) / G::BK;
+  const int64_t begin = split * steps / p.splits, end = (split + 1) * steps / p.splits;
+  const E* d = static_cast<const E*>(p.d) + tap * p.tiles * p.out_channels;
+  const E* v = static_cast<const E*>(p.v) + tap * p.tiles * p.channels;
+
+  // Tiles and channels that do not exist are filled with zeros.
+  const auto copy = [&](uint32_t to, const E* from, int64_t tile, int64_t c, int64_t channels) {
+    const bool exists = tile < p.tiles && c < channels;
+    ptx::cp_async_16(to, exists ? from + tile * channels + c : from, exists ? 16 : 0);
+  };
+  G gemm;
+  gemm.run(shared, int(end - begin), [&](int iteration, uint32_t to_d, uint32_t to_v) {
+    const int64_t tile = (begin + iteration) * G::BK;
+    G::template for_chunks<G::BM>(to_d, [&](int row, int column, uint32_t to) {
+      copy(to, d, tile + row, m0 + column, p.out_channels);
+    });
+    G::template for_chunks<G::BN>(to_v, [&](int row, int column, uint32_t to) {
+      copy(to, v, tile + row, n0 + column, p.channels);
+    });
+  });
+
+  float* s = p.s + (split * p.taps + tap) * p.out_channels * p.channels;
+  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, const Channels<8>& sums) {
+    if (m0 + row >= p.out_channels || n0 + column >= p.channels) return;
+    float* to = s + (m0 + row) * p.channels + n0 + column;
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+      Channels<4> sum = {{sums.x[half], sums.x[half + 1], sums.x[half + 2], sums.x[half + 3]}};
+      if (p.accumulate) sum = sum + load_channels<float, 4>(to + half);
+      store_channels(to + half, sum);
+    }
+  });
+}
+
+template <class G>
+int launch(const SummedProduct& p, void* stream) {
+  const int64_t blocks = (p.out_channels + G::BM - 1) / G::BM * ((p.channels + G::BN - 1) / G::BN);
+  if (const auto error =
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(summed_product<G>),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes))
+    return int(error);
+  PYWINO_LAUNCH((summed_product<G>), dim3(unsigned(blocks * p.taps * p.splits)), dim3(G::kThreads),
+                G::kSharedBytes, static_cast<cudaStream_t>(stream), p);
+  return int(cudaGetLastError());
+}
+
+template <class Mma>
+int launch_for(const SummedProduct& p, void* stream) {
+  if (p.channels <= 64 || p.out_channels <= 64) return launch<GemmTn<Mma, 64, 64, 2, 2>>(p, stream);
+  return launch<GemmTn<Mma, 128, 128, 2, 4>>(p, stream);
+}
+
 template <class G>
 int launch(const Product& p, void* stream) {
   const int64_t blocks = (p.out_channels + G::BN - 1) / G::BN * ((p.tiles + G::BM - 1) / G::BM);
@@ -77,6 +142,11 @@ int launch_for(const Product& p, void* stream) {
 }  // namespace
 
 extern "C" int pywino_winograd_product(const Product* p, void* stream) {
+  return p->domain == Domain::f16 ? launch_for<MmaF16>(*p, stream)
+                                  : launch_for<MmaTf32x3>(*p, stream);
+}
+
+extern "C" int pywino_winograd_summed_product(const SummedProduct* p, void* stream) {
   return p->domain == Domain::f16 ? launch_for<MmaF16>(*p, stream)
                                   : launch_for<MmaTf32x3>(*p, stream);
 }

@@ -1,80 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The transforms of the three-stage Winograd convolution: V = B^T d B, Y = A^T M A, U = G g G^T.
+// The transforms of the three-stage Winograd convolution: V = B^T d B, Y = A^T M A, U = G g G^T; and, of the output's
+// gradient, D = A dY A^T, which is V with another matrix and a patch of m x m.
 //
 // Bytes an output element, F(4x4,3x3), 16-bit tensors, C = K: input read 2 and V written 4.5, M read 4.5 and output written
 // 2. Both transforms are bound by memory: about 290 additions and multiplications for the 72 numbers a thread moves.
-#include "../common/channels.cuh"
-#include "../common/launch.cuh"
-#include "cuda.h"
-#include "transforms.h"
+#include "cuda_tiles.cuh"
 
 namespace pywino::winograd::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-
-template <class E>
-struct Type {
-  using type = E;
-};
-
-// The tile that has a number.
-struct Position {
-  int64_t n;
-  int phase_h, phase_w, row, column;
-};
-
-__device__ inline Position position(const Tiles& tiles, int64_t index) {
-  Position p;
-  p.column = int(index % tiles.columns);
-  index /= tiles.columns;
-  p.row = int(index % tiles.rows);
-  index /= tiles.rows;
-  p.phase_w = int(index % tiles.phases_w);
-  index /= tiles.phases_w;
-  p.phase_h = int(index % tiles.phases_h);
-  p.n = index / tiles.phases_h;
-  return p;
-}
-
-// |B^T d B| <= 2^growth(m) max |d|: the square of the largest absolute row sum of B^T, rounded up to a power of two
-// (F2: 2 and 4; F4: 5.28 and 27.9; F6: 15 and 225).
-constexpr int growth(int tile) { return tile == 2 ? 2 : tile == 4 ? 5 : 8; }
-
-// The power of two above 2^bits x, x >= 0, as an exponent that 2^exponent and 2^-exponent both have as floats.
-__device__ inline int exponent_above(float x, int bits) {
-  if (x == 0.f) return 0;
-  const int exponent = int(__float_as_uint(x) >> 23) - 126 + bits;
-  return exponent > 126 ? 126 : exponent;
-}
-__device__ inline float power_of_two(int exponent) {
-  return __uint_as_float(uint32_t(exponent + 127) << 23);
-}
-
 // --- input transform
-
-// The patch of a tile: rows and columns of the input, d apart, zeros outside.
-template <int A, int V, class In>
-struct Patch {
-  const In* origin;  // of the image
-  int64_t stride_c, stride_h, stride_w;
-  int y, x, step_y, step_x, height, width;
-
-  __device__ Channels<V> at(int i, int j, int64_t c, bool inside) const {
-    const int py = y + i * step_y, px = x + j * step_x;
-    if (!inside || py < 0 || py >= height || px < 0 || px >= width) return Channels<V>{};
-    return load_channels<In, V>(origin + py * stride_h + px * stride_w + c * stride_c);
-  }
-};
 
 // `warps_per_tile` warps share a tile: lane l of warp w has channels (w 32 + l) V to + V, then those one sweep further.
 // The f16 domain needs the tile's largest input before the first V is written, so it sweeps twice; the second time the
-// patch (A A C numbers) comes from the L1 cache.
-template <int M, int V, class In, class Out>
-__global__ void __launch_bounds__(kThreads, M == 6 ? 1 : 2)
+// patch (A A C numbers) comes from the L1 cache. Where channels have scales, their peaks are given.
+template <class From, int V, class In, class Out>
+__global__ void __launch_bounds__(kThreads, From::kTile == 6 ? 1 : 2)
     input_transform(InputTransform p, int warps_per_tile) {
-  constexpr int A = Transform<M>::A;
+  constexpr int A = From::A, kSize = From::kSize;
   constexpr bool kScaled = std::is_same_v<Out, __half>;
   __shared__ float largest[kWarps];
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -82,29 +25,18 @@ __global__ void __launch_bounds__(kThreads, M == 6 ? 1 : 2)
   const bool exists = tile < p.count;
   const int64_t begin = int64_t(warp % warps_per_tile * 32 + lane) * V;
   const int64_t sweep = int64_t(warps_per_tile) * 32 * V;
-
-  const Position at = position(p.tiles, p.first + (exists ? tile : 0));
-  Patch<A, V, In> patch;
-  patch.origin = static_cast<const In*>(p.input) + at.n * p.map.stride_n;
-  patch.stride_c = p.map.stride_c;
-  patch.stride_h = p.map.stride_h;
-  patch.stride_w = p.map.stride_w;
-  patch.y = at.row * M * p.tiles.dil_h + at.phase_h - p.pad_h;
-  patch.x = at.column * M * p.tiles.dil_w + at.phase_w - p.pad_w;
-  patch.step_y = p.tiles.dil_h;
-  patch.step_x = p.tiles.dil_w;
-  patch.height = int(p.map.h);
-  patch.width = int(p.map.w);
+  const auto patch = patch_of<From::kTile, V, In>(
+      p.input, p.map, p.tiles, position(p.tiles, p.first + (exists ? tile : 0)), p.pad_h, p.pad_w);
 
   float scale = 1.f;
-  if constexpr (kScaled) {
+  if (kScaled && !p.peaks) {
     float top = 0.f;
     if (exists)
       for (int64_t c = begin; c < p.map.c; c += sweep)
 #pragma unroll 1
-        for (int i = 0; i < A; ++i)
+        for (int i = 0; i < kSize; ++i)
 #pragma unroll
-          for (int j = 0; j < A; ++j) {
+          for (int j = 0; j < kSize; ++j) {
             const Channels<V> d = patch.at(i, j, c, true);
 #pragma unroll
             for (int e = 0; e < V; ++e) top = fmaxf(top, fabsf(d.x[e]));
@@ -115,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, M == 6 ? 1 : 2)
     __syncthreads();
     const int first = warp / warps_per_tile * warps_per_tile;
     for (int w = 0; w < warps_per_tile; ++w) top = fmaxf(top, largest[first + w]);
-    const int exponent = exponent_above(top, growth(M));
+    const int exponent = exponent_above(top, From::kGrowth);
     scale = power_of_two(-exponent);
     if (exists && begin == 0) p.scale[tile] = power_of_two(exponent);
   }
@@ -124,26 +56,34 @@ __global__ void __launch_bounds__(kThreads, M == 6 ? 1 : 2)
   Out* v = static_cast<Out*>(p.v) + tile * p.channels;
   const int64_t tap = p.count * p.channels;
   for (int64_t c = begin; c < p.channels; c += sweep) {
-    Channels<V> columns[A][A];  // B^T d
+    Channels<V> columns[A][kSize];  // B^T d
 #pragma unroll
-    for (int j = 0; j < A; ++j) {
-      Channels<V> d[A], o[A];
+    for (int j = 0; j < kSize; ++j) {
+      Channels<V> d[kSize], o[A];
 #pragma unroll
-      for (int i = 0; i < A; ++i) d[i] = patch.at(i, j, c, c < p.map.c);
-      Transform<M>::input(d, o);
+      for (int i = 0; i < kSize; ++i) d[i] = patch.at(i, j, c, c < p.map.c);
+      From::transform(d, o);
 #pragma unroll
       for (int i = 0; i < A; ++i) columns[i][j] = o[i];
     }
+    float scales[V];
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      scales[e] = kScaled && p.peaks && c + e < p.map.c
+                      ? power_of_two(-exponent_above(p.peaks[c + e], From::kGrowth))
+                      : scale;
 #pragma unroll
     for (int i = 0; i < A; ++i) {
       Channels<V> o[A];
-      Transform<M>::input(columns[i], o);
+      From::transform(columns[i], o);
 #pragma unroll
       for (int j = 0; j < A; ++j) {
-        if (p.relu)
 #pragma unroll
-          for (int e = 0; e < V; ++e) o[j].x[e] = o[j].x[e] < 0.f ? 0.f : o[j].x[e];  // NaN stays
-        store_channels<Out, V>(v + (i * A + j) * tap + c, scale * o[j]);
+        for (int e = 0; e < V; ++e) {
+          if (p.relu) o[j].x[e] = o[j].x[e] < 0.f ? 0.f : o[j].x[e];  // NaN stays
+          o[j].x[e] *= scales[e];
+        }
+        store_channels<Out, V>(v + (i * A + j) * tap + c, o[j]);
       }
     }
   }
@@ -273,45 +213,6 @@ __global__ void __launch_bounds__(kThreads) filter_transform(FilterTransform p) 
   }
 }
 
-// --- launches: run-time choices to template arguments
-
-template <class Function>
-bool with_tile(int tile, Function f) {
-  switch (tile) {
-    case 2: f(std::integral_constant<int, 2>{}); return true;
-    case 4: f(std::integral_constant<int, 4>{}); return true;
-    case 6: f(std::integral_constant<int, 6>{}); return true;
-    default: return false;
-  }
-}
-
-template <class Function>
-void with_dtype(DType dtype, Function f) {
-  switch (dtype) {
-    case DType::f32: f(Type<float>{}); break;
-    case DType::bf16: f(Type<__nv_bfloat16>{}); break;
-    case DType::f16: f(Type<__half>{}); break;
-  }
-}
-
-// The types of a tensor and of its domain: only fp32 tensors have the f32 domain.
-template <class Function>
-bool with_types(DType dtype, Domain domain, Function f) {
-  if (domain == Domain::f16) {
-    with_dtype(dtype, [&](auto tensor) { f(tensor, Type<__half>{}); });
-    return true;
-  }
-  if (dtype == DType::f32) f(Type<float>{}, Type<float>{});
-  return dtype == DType::f32;
-}
-
-// Channels side by side in a thread: two where every pair is one aligned word, and where the tile leaves registers for it.
-bool in_pairs(const TensorMap& map, int tile) {
-  return tile != 6 && map.stride_c == 1 && map.c % 2 == 0;
-}
-
-dim3 blocks(int64_t count) { return dim3(unsigned(count)); }
-
 }  // namespace
 
 extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* stream) {
@@ -321,20 +222,24 @@ extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* st
     warps_per_tile *= 2;
   const int64_t per_block = kWarps / warps_per_tile;
   const dim3 grid = blocks((p->count + per_block - 1) / per_block);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
   bool known = true;
   known &= with_tile(p->tiles.size, [&](auto tile) {
-    known &= with_types(p->dtype, p->domain, [&](auto in, auto out) {
-      using In = typename decltype(in)::type;
-      using Out = typename decltype(out)::type;
-      constexpr int M = decltype(tile)::value, kPair = M == 6 ? 1 : 2;
-      const cudaStream_t on = static_cast<cudaStream_t>(stream);
-      if (pairs)
-        PYWINO_LAUNCH((input_transform<M, kPair, In, Out>), grid, dim3(kThreads), 0, on, *p,
-                      warps_per_tile);
-      else
-        PYWINO_LAUNCH((input_transform<M, 1, In, Out>), grid, dim3(kThreads), 0, on, *p,
-                      warps_per_tile);
-    });
+    constexpr int M = decltype(tile)::value, kPair = M == 6 ? 1 : 2;
+    const auto launch_as = [&](auto from) {
+      using From = typename decltype(from)::type;
+      known &= with_types(p->dtype, p->domain, [&](auto in, auto out) {
+        using In = typename decltype(in)::type;
+        using Out = typename decltype(out)::type;
+        if (pairs)
+          PYWINO_LAUNCH((input_transform<From, kPair, In, Out>), grid, dim3(kThreads), 0, on, *p,
+                        warps_per_tile);
+        else
+          PYWINO_LAUNCH((input_transform<From, 1, In, Out>), grid, dim3(kThreads), 0, on, *p,
+                        warps_per_tile);
+      });
+    };
+    p->gradient ? launch_as(Type<OutputTiles<M>>{}) : launch_as(Type<Patches<M>>{});
   });
   return int(known ? cudaGetLastError() : cudaErrorInvalidValue);
 }
