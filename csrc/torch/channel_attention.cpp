@@ -54,17 +54,25 @@ Tensor empty_gate(const Tensor& input) {
   return empty_cpu({input.size(0), input.size(1)}, ScalarType::Float, false);
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_attention_forward(
-    const Tensor& input, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
-    const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
-    const std::optional<Tensor>& residual, bool relu, bool residual_relu) {
-  constexpr const char* op = "pywino::_channel_attention_forward";
+// known: z, where something else has summed the input.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::optional<Tensor>& known,
+                                           const Tensor& w1, const std::optional<Tensor>& b1,
+                                           const Tensor& w2, const std::optional<Tensor>& b2,
+                                           const std::optional<Tensor>& w3,
+                                           const std::optional<Tensor>& residual, bool relu,
+                                           bool residual_relu, const char* op) {
   channel_attention::ForwardParams p{};
   p.shape = shape_of(input, op);
   const Weights weights(w1, b1, w2, b2, w3, p.shape.c, op);
   if (residual) check_like(*residual, input, op, "residual");
-  Tensor output = empty_as(input), mean = empty_gate(input), gate = empty_gate(input);
+  if (known)
+    STD_TORCH_CHECK(known->scalar_type() == ScalarType::Float && known->is_contiguous() &&
+                        known->numel() == p.shape.n * p.shape.c,
+                    op, ": mean must be contiguous float32 numbers, one a channel and image");
+  Tensor output = empty_as(input), mean = known ? *known : empty_gate(input),
+         gate = empty_gate(input);
   p.layers = weights.layers;
+  p.knows_mean = known.has_value();
   p.input = input.const_data_ptr();
   p.residual = residual ? residual->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
@@ -74,6 +82,23 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_forward(
   p.residual_relu = residual_relu;
   check_status(channel_attention::forward(p, torch_threads()), op);
   return {output, mean, gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_attention_forward(
+    const Tensor& input, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
+    const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
+    const std::optional<Tensor>& residual, bool relu, bool residual_relu) {
+  return forward(input, std::nullopt, w1, b1, w2, b2, w3, residual, relu, residual_relu,
+                 "pywino::_channel_attention_forward");
+}
+
+Tensor channel_attention_apply(const Tensor& input, const Tensor& mean, const Tensor& w1,
+                               const std::optional<Tensor>& b1, const Tensor& w2,
+                               const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
+                               const std::optional<Tensor>& residual, bool relu,
+                               bool residual_relu) {
+  return std::get<0>(forward(input, mean, w1, b1, w2, b2, w3, residual, relu, residual_relu,
+                             "pywino::_channel_attention_apply"));
 }
 
 std::tuple<Tensor, Tensor> channel_attention_backward(const Tensor& grad, const Tensor& input,
@@ -109,5 +134,6 @@ std::tuple<Tensor, Tensor> channel_attention_backward(const Tensor& grad, const 
 
 STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_channel_attention_forward", TORCH_BOX(&pywino::channel_attention_forward));
+  m.impl("_channel_attention_apply", TORCH_BOX(&pywino::channel_attention_apply));
   m.impl("_channel_attention_backward", TORCH_BOX(&pywino::channel_attention_backward));
 }

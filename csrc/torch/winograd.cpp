@@ -3,6 +3,8 @@
 // which also words the errors that a user can cause; the checks here only keep memory safe.
 #include "core/winograd/winograd.h"
 
+#include <tuple>
+
 #include "tensor.h"
 
 namespace pywino {
@@ -104,13 +106,11 @@ Tensor to_float(const Tensor& t) {
       t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
-Tensor winograd_forward(const Tensor& input, const Tensor& filter,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                        int64_t out_channels, int64_t tile,
-                        torch::headeronly::IntHeaderOnlyArrayRef padding,
-                        torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu,
-                        bool winograd_relu, bool fast) {
-  constexpr const char* op = "pywino::_winograd_forward";
+Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
+               torch::headeronly::IntHeaderOnlyArrayRef padding,
+               torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu, bool winograd_relu,
+               bool fast, float* mean, const char* op) {
   winograd::ForwardParams p;
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
@@ -146,9 +146,37 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
   p.relu = relu;
   p.winograd_relu = winograd_relu;
   p.fast = fast;
+  p.mean = mean;
   check_fast(fast, filter.numel(), op);
   check_status(winograd::forward(p, torch_threads()), op);
   return output;
+}
+
+Tensor winograd_forward(const Tensor& input, const Tensor& filter,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        int64_t out_channels, int64_t tile,
+                        torch::headeronly::IntHeaderOnlyArrayRef padding,
+                        torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu,
+                        bool winograd_relu, bool fast) {
+  return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu,
+                 winograd_relu, fast, nullptr, "pywino::_winograd_forward");
+}
+
+// The same of one image, and the means of the output's channels, which take no pass of their own.
+std::tuple<Tensor, Tensor> winograd_forward_mean(const Tensor& input, const Tensor& filter,
+                                                 const std::optional<Tensor>& bias,
+                                                 int64_t out_channels, int64_t tile,
+                                                 torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                                 torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                                 bool fast) {
+  constexpr const char* op = "pywino::_winograd_forward_mean";
+  STD_TORCH_CHECK(input.dim() == 4 && input.size(0) == 1 && is_channels_last(input) &&
+                      filter.scalar_type() == ScalarType::Float && out_channels >= 1,
+                  op, ": input must be one image in channels_last, and the filter dense");
+  Tensor mean = empty_cpu({1, out_channels}, ScalarType::Float, false);
+  Tensor output = forward(input, filter, bias, std::nullopt, out_channels, tile, padding, dilation,
+                          false, false, fast, static_cast<float*>(mean.mutable_data_ptr()), op);
+  return {output, mean};
 }
 
 // The geometry of a gradient op: grad must have the size of the forward's output.
@@ -236,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_winograd_pack", TORCH_BOX(&pywino::winograd_pack));
   m.impl("_winograd_sparse_pack", TORCH_BOX(&pywino::winograd_sparse_pack));
   m.impl("_winograd_forward", TORCH_BOX(&pywino::winograd_forward));
+  m.impl("_winograd_forward_mean", TORCH_BOX(&pywino::winograd_forward_mean));
   m.impl("_winograd_backward_weight", TORCH_BOX(&pywino::winograd_backward_weight));
   m.impl("_winograd_domain_backward_input", TORCH_BOX(&pywino::winograd_domain_backward_input));
 }

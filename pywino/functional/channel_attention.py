@@ -24,6 +24,7 @@ def channel_residual_attention(
     activation=None,
     residual=None,
     residual_activation=None,
+    mean=None,
     backend="auto",
 ):
     """x g with the gate g = sigmoid(W2 relu(W1 z + b1) + W3 z + b2), z the mean of x over its
@@ -40,6 +41,8 @@ def channel_residual_attention(
         activation: None or "relu", on x g.
         residual: like input, or None: added after that.
         residual_activation: None or "relu", on the sum with the residual.
+        mean: z, (N, C) in float32, where what made x has summed it (`WinogradConv2d.with_mean`):
+            the CPU's kernel then reads x once less. Where a gradient is wanted it is made anew.
         backend: "auto" | "cpu" | "aten" | "cuda" | "triton".
 
     Returns:
@@ -56,12 +59,18 @@ def channel_residual_attention(
     _check_tensors(tensors)
     w1, w2, w3 = (_matrix(name, tensors[name]) for name in ("w1", "w2", "w3"))
     _check_shapes(input, w1, w2, w3, b1, b2, residual)
+    if mean is not None and (
+        mean.dtype != torch.float32 or mean.numel() != input[..., 0, 0].numel()
+    ):
+        must = f"({', '.join(str(s) for s in input.shape[:-2])}) in float32"
+        _refuse(_OP, f"mean must be {must}, got {tuple(mean.shape)} in {mean.dtype}; leave it out")
     if input.dim() == 3:
         return channel_residual_attention(
             input.unsqueeze(0), w1, w2, w3, b1, b2,
             activation=activation,
             residual=None if residual is None else residual.unsqueeze(0),
             residual_activation=residual_activation,
+            mean=mean,
             backend=backend,
         ).squeeze(0)  # fmt: skip
 
@@ -78,6 +87,8 @@ def channel_residual_attention(
         and not wants_gradients(*arguments[:7])
         and backends.can_run("cpu", ops.describe(input)) is None
     ):
+        if mean is not None:
+            return ops.apply(input, mean, *arguments[1:])
         return ops.native_forward(*arguments)[0]
     return torch.ops.pywino.channel_residual_attention.default(*arguments, backend)[0]
 

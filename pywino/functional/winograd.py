@@ -157,6 +157,35 @@ def run_conv2d(
     return route(input, weight, bias, residual, cache)
 
 
+def run_conv2d_mean(input, weight, bias, padding, dilation, choice, cache):
+    """(conv2d, the means of its output's channels (1, K) in float32), the latter None where they
+    would take another pass. choice: (backend, algorithm, precision)."""
+    backend, algorithm, precision = choice
+    plain = (
+        not torch.compiler.is_dynamo_compiling()
+        and type(input) is Tensor
+        and type(weight) in _PLAIN
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not autocasts(input)
+        and not _gradients(input, weight, bias)
+        and input.is_cpu
+        and input.dim() == 4
+    )
+    if plain:
+        call = planner.describe(
+            "winograd_conv2d", input, weight, padding, dilation, precision=precision, cached=True
+        )
+        if backends.covers(call, algorithm):
+            plan = planner.choose(call, algorithm, backend)
+            kernel = kernel_of(plan, call) if plan.tile else None
+            if kernel is not None and kernel.gives_mean(input):
+                filter = cache.filter(weight, kernel)
+                return kernel.forward_mean(input, filter, bias, call.k, padding, dilation)
+    arguments = (1, padding, dilation, 1, None, backend, algorithm, precision, cache, False)
+    return run_conv2d(input, weight, bias, None, *arguments), None
+
+
 def _gradients(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

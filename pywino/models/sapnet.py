@@ -93,7 +93,11 @@ class _Block(nn.Sequential):
             # In place on the sum, which nobody else holds.
             return F.relu(super().forward(s) + s, inplace=True)
         conv1, gate1, _, conv2, gate2, _ = self
-        return gate2(conv2(gate1(conv1(s), "relu")), "relu", s, "relu")
+        if not isinstance(conv1, WinogradConv2d) or not isinstance(conv2, WinogradConv2d):
+            return gate2(conv2(gate1(conv1(s), "relu")), "relu", s, "relu")
+        u, mean = conv1.with_mean(s)
+        u, mean = conv2.with_mean(gate1(u, "relu", mean=mean))
+        return gate2(u, "relu", s, "relu", mean)
 
 
 class SAPNet(nn.Module):

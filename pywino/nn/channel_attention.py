@@ -76,11 +76,12 @@ class ChannelResidualAttention(ChannelAttention):
         rd_ratio, rd_channels, rd_divisor: timm's names for the rows of W1: C * rd_ratio rounded to
             a multiple of rd_divisor, or rd_channels itself; they go before `reduction`.
 
-    `forward(input, activation=None, residual=None, residual_activation=None)` fuses what comes
-    after: a ReLU on x g, a tensor that is added to it, a ReLU on the sum. Parameter names are those
-    of SAPNet's published file."""
+    `forward(input, activation=None, residual=None, residual_activation=None, mean=None)` fuses what
+    comes after: a ReLU on x g, a tensor that is added to it, a ReLU on the sum. `mean` is z where
+    the layer before has made it (`WinogradConv2d.with_mean`). Parameter names are those of SAPNet's
+    published file."""
 
-    def forward(self, input, activation=None, residual=None, residual_activation=None):
+    def forward(self, input, activation=None, residual=None, residual_activation=None, mean=None):
         squeeze, expand, shortcut = self.layers()
         return channel_residual_attention(
             input,
@@ -92,6 +93,7 @@ class ChannelResidualAttention(ChannelAttention):
             activation=activation,
             residual=residual,
             residual_activation=residual_activation,
+            mean=mean,
         )
 
     @classmethod

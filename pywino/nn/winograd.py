@@ -6,11 +6,12 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pywino import _native as native
 from pywino.functional._winograd_domain import run_winograd_domain_conv2d
-from pywino.functional.winograd import run_conv2d, run_winograd_relu_conv2d
+from pywino.functional.winograd import run_conv2d, run_conv2d_mean, run_winograd_relu_conv2d
 from pywino.ops import winograd as ops
 from pywino.reference import winograd as reference
 
@@ -121,6 +122,16 @@ class Cached:
     def _load_from_state_dict(self, *args, **kwargs):
         self._filters.clear()
         return super()._load_from_state_dict(*args, **kwargs)
+
+
+def _has_hooks(layer):
+    """Whether someone wants to know of calls of this layer."""
+    return (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or module._global_forward_hooks
+        or module._global_forward_pre_hooks
+    )
 
 
 class WinogradConv2d(Cached, nn.Conv2d):
@@ -286,6 +297,18 @@ class WinogradConv2d(Cached, nn.Conv2d):
             self.precision,
             self._filters,
             self.backend != "auto",
+        )
+
+    def with_mean(self, input):
+        """(the layer's output, the means of its channels (1, K) in float32), without the pass over
+        the output that these take alone; None in their place where that cannot be. For what is
+        gated by them (`ChannelResidualAttention`)."""
+        fits = self.fits_winograd_domain and self.activation is None and self.domain == "spatial"
+        if not fits or isinstance(self.padding, str) or _has_hooks(self):
+            return self(input), None
+        choice = (self.backend, self.algorithm, self.precision)
+        return run_conv2d_mean(
+            input, self.weight, self.bias, self.padding, self.dilation, choice, self._filters
         )
 
     def extra_repr(self):

@@ -61,6 +61,18 @@ class Kernel(NamedTuple):
         arguments = (input, u, scale, *arguments[2:])
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
 
+    def gives_mean(self, input):
+        """Whether `forward_mean` takes this input."""
+        return self.backend == "cpu" and len(input) == 1 and backends.is_channels_last(input)
+
+    def forward_mean(self, input, filter, bias, out_channels, padding, dilation):
+        """(conv + bias, the mean of each of its channels (1, K) in float32), in one pass."""
+        if bias is not None:
+            bias = bias.float().contiguous()
+        return _ops._winograd_forward_mean.default(
+            input, filter, bias, out_channels, self.tile, padding, dilation, self.mode
+        )
+
     def weight_gradient(self, grad, input, padding, dilation):
         """The gradient by the weight, of dense tensors of one layout."""
         arguments = (grad, input, self.tile, padding, dilation)

@@ -82,6 +82,14 @@ def native_forward(
     return run(input, w1, b1, w2, b2, w3, residual, *relus)
 
 
+def apply(input, mean, w1, w2, w3, b1, b2, residual, activation, residual_activation):
+    """The CPU's kernel where the mean is known."""
+    if residual is not None:
+        residual = residual.contiguous(memory_format=_format(input))
+    relus = (activation == "relu", residual_activation == "relu")
+    return _ops._channel_attention_apply.default(input, mean, w1, b1, w2, b2, w3, residual, *relus)
+
+
 def _forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activation, backend):
     _check("channel_residual_attention", input, w1, w2, w3)
     if name := backend_of(describe(input), backend):
@@ -230,6 +238,12 @@ def _native_backward_fake(grad, input, mean, gate, w1, b1, w2, w3, relu):
     return _backward_fake(grad, input, mean, gate, w1, w2, w3, b1, None, "cpu")
 
 
+define(
+    "_channel_attention_apply(Tensor input, Tensor mean, Tensor w1, Tensor? b1, Tensor w2, "
+    "Tensor? b2, Tensor? w3, Tensor? residual, bool relu, bool residual_relu) -> Tensor",
+    None,
+    lambda input, *_: torch.empty_like(input, memory_format=_format(input)),
+)
 define(
     "_channel_attention_forward(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "Tensor? w3, Tensor? residual, bool relu, bool residual_relu) -> (Tensor, Tensor, Tensor)",

@@ -606,6 +606,11 @@ def _native_forward_fake(
     return _empty(output_size(input, out_channels, padding, dilation), input)
 
 
+def _native_forward_mean_fake(input, filter, bias, out_channels, tile, padding, dilation, fast):
+    output = _empty(output_size(input, out_channels, padding, dilation), input)
+    return output, input.new_empty(output.shape[:2], dtype=torch.float32)
+
+
 def _native_backward_weight_fake(grad, input, tile, padding, dilation, spatial, winograd_relu):
     size = 3 if spatial else tile + 2
     return input.new_empty((grad.shape[1], input.shape[1], size, size))
@@ -631,6 +636,12 @@ define(
     f"int out_channels, int tile, {_GEOMETRY}, bool relu, bool winograd_relu, bool fast) -> Tensor",
     None,
     _native_forward_fake,
+)
+define(
+    "_winograd_forward_mean(Tensor input, Tensor filter, Tensor? bias, int out_channels, int tile, "
+    f"{_GEOMETRY}, bool fast) -> (Tensor, Tensor)",
+    None,
+    _native_forward_mean_fake,
 )
 define(
     "_winograd_backward_weight(Tensor grad, Tensor input, int tile, "

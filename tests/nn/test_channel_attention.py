@@ -114,3 +114,23 @@ def test_globs_choose():
     net = nn.Sequential(SE(), SE())
     pywino.swap_(net, {"1": pywino.Attention()})
     assert [type(m) for m in net] == [SE, pywino.ChannelResidualAttention]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_mean_that_is_known_takes_the_place_of_the_pass(channels_last):
+    layer = pywino.ChannelResidualAttention(32)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 32, 9, 11).contiguous(memory_format=format)
+    residual = torch.randn(2, 32, 9, 11)
+    with torch.no_grad():
+        expected = layer(x, "relu", residual, "relu")
+        actual = layer(x, "relu", residual, "relu", x.mean((2, 3)))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        # It is what is read: another one gives another gate.
+        other = layer(x, mean=torch.zeros(2, 32))
+        torch.testing.assert_close(other, x / 2, rtol=1e-5, atol=1e-6)
+        with pytest.raises(RuntimeError, match=r"mean must be \(2, 32\) in float32, got \(3, 32\)"):
+            layer(x, mean=torch.zeros(3, 32))
+    # Where gradients are wanted it is made anew.
+    torch.testing.assert_close(layer(x, mean=torch.zeros(2, 32)), layer(x), rtol=1e-5, atol=1e-6)

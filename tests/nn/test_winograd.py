@@ -321,6 +321,32 @@ def test_conversions_that_swap_tensors(layer, input):
     check(layer, input)
 
 
+# --- means of the output beside it ---
+
+
+@pytest.mark.native
+def test_with_mean_where_it_costs_no_pass():
+    layer = WinogradConv2d(16, 24, 3, padding=1, algorithm=ALGORITHM).eval()
+    image = torch.randn(1, 16, 14, 15).contiguous(memory_format=torch.channels_last)
+    two = torch.randn(2, 16, 14, 15).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        output, mean = layer.with_mean(image)
+        assert torch.equal(output, layer(image))
+        torch.testing.assert_close(mean, output.mean((2, 3)), rtol=1e-4, atol=1e-5)
+        for other in (image.contiguous(), two, image.double()[0]):
+            layer.to(other.dtype)
+            output, mean = layer.with_mean(other)
+            assert mean is None
+            assert torch.equal(output, layer(other))
+        layer.float()
+    assert layer.with_mean(image)[1] is None  # the weight gets a gradient
+    calls = []
+    layer.register_forward_hook(lambda *arguments: calls.append(arguments))
+    with torch.no_grad():
+        assert layer.with_mean(image)[1] is None
+    assert len(calls) == 1
+
+
 # --- the drop-in ---
 
 

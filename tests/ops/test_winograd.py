@@ -284,6 +284,41 @@ def test_precision_fast(isa, tile, gate, relu_input):
         assert torch.equal(default, fast) == (tile == 6 or isa != "avx512bf16")
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("k", "size", "dilation"), [(21, (9, 14), 1), (40, (61, 47), 2), (512, (14, 14), 1)]
+)
+@pytest.mark.parametrize("tile", TILES)
+def test_means_of_the_output_beside_it(isa, tile, k, size, dilation, dtype):
+    x = torch.randn(1, 32, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(k, 32, 3, 3) / 17, torch.randn(k)
+    filter = ops._winograd_filter(weight, tile, False, False)
+    where = (k, tile, (dilation, dilation), (dilation, dilation))
+    expected = ops._winograd_forward(x, filter, bias, None, *where, False, False, False)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            output, mean = ops._winograd_forward_mean(x, filter, bias, *where, False)
+            assert torch.equal(output, expected)
+            assert mean.shape == (1, k)
+            # Before the output is rounded: half a unit of its type, and sums of 2000 in float32.
+            exact = expected.double().mean((2, 3))
+            limit = torch.finfo(dtype).eps * expected.double().abs().mean() + 1e-5
+            assert (mean - exact).abs().max() <= limit
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.native
+def test_means_are_of_one_image_in_channels_last():
+    filter = ops._winograd_filter(torch.randn(4, 4, 3, 3), 4, False, False)
+    for x in (torch.randn(1, 4, 6, 6), torch.randn(2, 4, 6, 6)):
+        with pytest.raises(RuntimeError, match="one image in channels_last"):
+            ops._winograd_forward_mean(x, filter, None, 4, 4, (1, 1), (1, 1), False)
+
+
 def scratch_of(run):
     """Bytes of scratch that a new thread keeps after `run`, on that thread alone."""
     kept = []

@@ -40,6 +40,7 @@ struct ForwardParams {
   void* output;
   float* mean;         // (n, c): z
   float* gate;         // (n, c): g
+  bool knows_mean;     // z is there already: input is not read for it
   bool relu;           // on x g
   bool residual_relu;  // on the sum with the residual
 };

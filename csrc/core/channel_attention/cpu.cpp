@@ -349,11 +349,12 @@ Status forward_as(const ForwardParams& p, const Executor& executor) {
   if (!partial) return Status::out_of_memory;
 
   const Input<T> input{static_cast<const T*>(p.input)};
-  SumLoop<Input<T>>(blocks, input, nullptr, partial).run(blocks.count(), executor);
+  if (!p.knows_mean)
+    SumLoop<Input<T>>(blocks, input, nullptr, partial).run(blocks.count(), executor);
 
   auto image = [&](int64_t n) {
     float *z = p.mean + n * c, *gate = p.gate + n * c;
-    for (int64_t k = 0; k < c; ++k)
+    for (int64_t k = 0; k < c && !p.knows_mean; ++k)
       z[k] = float(total(blocks, partial, n, k) / double(p.shape.pixels));
     make_gate(p.layers, c, z, partial + sums + n * hidden, gate);
   };

@@ -16,9 +16,9 @@
 //   V  [xi][group of MR tiles][C / L][MR][L]   the product walks it with one pointer and constant displacements
 //   U  [panel][xi][C][panel's width]           so does it here; derived from the weight by `filter`
 //   M  [xi][tile][panel's width]
+#include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
-#include "../common/product.h"
 #include "stages.h"
 #include "tiles.h"
 #include "transforms.h"
@@ -31,7 +31,8 @@ namespace {
 // Panel p of the product and of the output, for groups [g0, g1) of the chunk.
 template <int M, typename T, typename E>
 void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
-                 int64_t panel, const E* v, float* m, Prefetch<M, T>& ahead) {
+                 int64_t panel, const E* v, float* m, Prefetch<M, T>& ahead,
+                 float* sums = nullptr) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
   const int64_t depth = Depth<E>::floats(job.geometry.input.c), K = job.geometry.out_channels,
                 channel = panel * kPanel;
@@ -47,7 +48,7 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
                                 m + xi * job.stride_m + (start - t0) * vectors * kLanes,
                                 ahead.next());
     }
-  output_stage<M>(job, first, t0, t1, channel, vectors, m);
+  output_stage<M>(job, first, t0, t1, channel, vectors, m, sums);
 }
 
 // How the tiles are cut and who works on them.
@@ -86,6 +87,8 @@ struct Run {
   int64_t next = 0;  // work that is not taken yet
   bool failed = false;
   bool prefetch = false;
+  float* sums =
+      nullptr;  // K floats a chunk, where means are asked for: no sum depends on who does which chunk
   // joint:
   int64_t first = 0;
   int tiles = 0, splits = 1;
@@ -122,9 +125,12 @@ struct Run {
       }
       const int tiles = int(end - begin);
       const Groups groups(tiles, job.rows);
+      const int64_t K = job.geometry.out_channels;
+      float* sums = run.sums ? run.sums + chunk * K : nullptr;
+      if (sums) __builtin_memset(sums, 0, K * sizeof(float));
       input_stage<M>(job, begin, 0, tiles, groups, 0, job.blocks, v);
       for (int64_t panel = 0; panel < run.panels; ++panel)
-        panel_stage<M>(job, begin, groups, 0, groups.count, panel, v, m, ahead);
+        panel_stage<M>(job, begin, groups, 0, groups.count, panel, v, m, ahead, sums);
     }
   }
 
@@ -198,7 +204,8 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
              false};
   if (job.grid.tiles == 0 || g.out_channels == 0) return Status::ok;
   job.rows = g.out_channels > kLanes ? kRows2 : kRows1;
-  const Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E));
+  Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E));
+  plan.joint = plan.joint && !params.mean;
   const int64_t panels = ceil_div<int64_t>(g.out_channels, kPanel);
   int64_t chunks = ceil_div<int64_t>(job.grid.tiles, plan.chunk);
   // A whole number of chunks for each thread, while there are few.
@@ -221,7 +228,18 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   run.m_bytes = A2 * job.stride_m * 4;
   if (panels < 4 * executor.threads)
     run.splits = int(ceil_div<int64_t>(4 * executor.threads, panels));
-  return run(plan);
+  if (!params.mean) return run(plan);
+  run.sums =
+      static_cast<float*>(scratch(chunks * g.out_channels * sizeof(float), ScratchSlot::shared));
+  if (!run.sums) return Status::out_of_memory;
+  const Status status = run(plan);
+  for (int64_t k = 0; k < g.out_channels; ++k) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      sum += double(run.sums[chunk * g.out_channels + k]);
+    params.mean[k] = float(sum / double(job.out_h * job.out_w));
+  }
+  return status;
 }
 
 template <int M, typename E>

@@ -2,9 +2,9 @@
 // What the dense and the sparse forward share: a call's job, the input and the output stage, and what is fetched ahead.
 #pragma once
 
+#include "../common/product.h"
 #include "../common/simd.h"
 #include "patches.h"
-#include "../common/product.h"
 #include "tiles.h"
 #include "transforms.h"
 #include "winograd.h"
@@ -165,9 +165,10 @@ PYWINO_INLINE int outputs_inside(int64_t first, int64_t end, int64_t d, int m) {
   return int(max<int64_t>(0, min<int64_t>(m, ceil_div(end - first, d))));
 }
 
+// sums: K floats, to which each channel's outputs are added, or nullptr.
 template <int M, typename T>
 void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel, int vectors,
-                          const float* m) {
+                          const float* m, float* sums) {
   const Geometry& g = job.geometry;
   const int64_t K = g.out_channels, row = g.dil_h * job.out_w * K, column = g.dil_w * K;
   const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
@@ -185,6 +186,7 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
       T* tile = out + at + n * kLanes;
       const T* skip = residual ? residual + at + n * kLanes : nullptr;
       const float* product = m + (s * vectors + n) * kLanes;
+      vec sum = zero();
       if (columns == M && lanes == kLanes) {
         transform_product<M>(
             product, job.stride_m, rows, [&](int i, vec* y) __attribute__((always_inline)) {
@@ -192,6 +194,7 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
               if (skip)
                 PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += load(skip + i * row + j * column);
               if (relu_out) PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] = relu(y[j]);
+              if (sums) PYWINO_UNROLL for (int j = 0; j < M; ++j) sum += y[j];
               if (sizeof(T) == 4 && job.stream)
                 PYWINO_UNROLL for (int j = 0; j < M; ++j)
                     stream(reinterpret_cast<float*>(tile + i * row + j * column), y[j]);
@@ -199,14 +202,21 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
                 PYWINO_UNROLL for (int j = 0; j < M; ++j) store(tile + i * row + j * column, y[j]);
             });
       } else {
-        transform_product<M>(
-            product, job.stride_m, rows, [&](int i, vec* y) __attribute__((always_inline)) {
-              for (int j = 0; j < columns; ++j) {
-                vec value = y[j] + bias;
-                if (skip) value += load_part(skip + i * row + j * column, 0, lanes);
-                store_part(tile + i * row + j * column, relu_out ? relu(value) : value, 0, lanes);
-              }
-            });
+        transform_product<M>(product, job.stride_m, rows,
+                             [&](int i, vec* y) __attribute__((always_inline)) {
+                               for (int j = 0; j < columns; ++j) {
+                                 vec value = y[j] + bias;
+                                 if (skip)
+                                   value += load_part(skip + i * row + j * column, 0, lanes);
+                                 if (relu_out) value = relu(value);
+                                 sum += value;
+                                 store_part(tile + i * row + j * column, value, 0, lanes);
+                               }
+                             });
+      }
+      if (sums) {
+        float* of_channel = sums + channel + n * kLanes;
+        store_part(of_channel, load_part(of_channel, 0, lanes) + sum, 0, lanes);
       }
     }
   }
@@ -270,12 +280,12 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
 // Tiles [t0, t1) of the chunk that starts at tile `first`; m is the product of tile t0.
 template <int M, typename T>
 void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
-                  const float* m) {
+                  const float* m, float* sums = nullptr) {
   for (int t = t0; t < t1;) {
     const Piece piece = job.piece(first + t, t1 - t);
     const float* product = m + int64_t(t - t0) * vectors * kLanes;
     if (job.geometry.channels_last)
-      output_channels_last<M>(job, piece, channel, vectors, product);
+      output_channels_last<M>(job, piece, channel, vectors, product, sums);
     else
       output_planes<M>(job, piece, channel, vectors, product);
     t += piece.count;

@@ -44,6 +44,8 @@ struct ForwardParams {
   bool winograd_relu;    // on B^T d B (Liu et al., ICLR 2018)
   bool fast;             // products of bfloat16, summed in fp32; the filter must be packed so
   const int32_t* sparse_filter = nullptr;  // from sparse_filter: instead of `filter`
+  float* mean =
+      nullptr;  // K floats: of each channel of the output; one image in channels_last, no sparse filter
 };
 
 // How a sparse filter is packed (sparse.h): without each zero, or without the vectors of output channels that are zero.
