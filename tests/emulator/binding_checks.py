@@ -203,6 +203,10 @@ for strict, dtype, bound in (
     (False, torch.float16, 3e-4),
 ):
     check_forward(1, strict, dtype, bound, True, k=16)
+for d in (8, 16):  # also beyond the image
+    check_forward(1, False, torch.bfloat16, 2.5e-3, True, k=16, d=d)
+    check_forward(2, False, torch.bfloat16, 2.6e-3, True, d=d)
+    check_forward(4, True, torch.float32, 2.5e-6, False, d=d)
 check_winograd_relu()
 check_opcheck()
 check_refusals()
