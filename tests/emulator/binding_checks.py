@@ -90,6 +90,30 @@ def check_relu_gradients(dtype, strict, bound, last):
     assert (dx.dtype, dx.stride()) == (dtype, x.stride())
 
 
+def check_alignment():
+    """Tensors that begin in the middle of a word, as slices of larger ones may."""
+
+    def shifted(*size):
+        flat = torch.randn(torch.Size(size).numel() + 1).half()[1:]
+        n, c, h, w = size
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+    x, residual, grad = shifted(1, 8, 9, 8), shifted(1, 16, 9, 8), shifted(1, 16, 9, 8)
+    weight = torch.randn(16, 8, 3, 3).half() / 8
+    kernel = Kernel("cuda", 4, False)
+    y = kernel.forward(x, kernel.filter(weight), None, residual, 16, (1, 1), (1, 1), False)
+    expected = torch.conv2d(x.double(), weight.double(), None, 1, 1) + residual.double()
+    assert error(y, expected) <= 2e-3, error(y, expected)
+    dw = kernel.weight_gradient(grad, x, (1, 1), (1, 1))
+    expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    assert error(dw, expected) <= 2e-3, error(dw, expected)
+    weight = torch.randn(16, 8, 6, 6).half()
+    dx = kernel._replace(winograd_relu=True).relu_input_gradient(grad, x, weight, (1, 1), (1, 1))
+    exact = (t.double() for t in (grad, x, weight))
+    expected = reference.winograd_relu_backward_input(*exact, 1, 1, 4)
+    assert error(dx, expected) <= 2e-3, error(dx, expected)
+
+
 def check_opcheck():
     tests = ("test_schema", "test_faketensor")
     x = torch.randn(2, 8, 7, 6).contiguous(memory_format=channels_last)
@@ -203,7 +227,12 @@ for strict, dtype, bound in (
     (False, torch.float16, 3e-4),
 ):
     check_forward(1, strict, dtype, bound, True, k=16)
+for d in (8, 16):  # also beyond the image
+    check_forward(1, False, torch.bfloat16, 2.5e-3, True, k=16, d=d)
+    check_forward(2, False, torch.bfloat16, 2.6e-3, True, d=d)
+    check_forward(4, True, torch.float32, 2.5e-6, False, d=d)
 check_winograd_relu()
+check_alignment()
 check_opcheck()
 check_refusals()
 print("all checks passed")

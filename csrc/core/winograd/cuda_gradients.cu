@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) filter_gradient(FilterGradient p) {
 }  // namespace
 
 extern "C" int pywino_winograd_input_gradient(const InputGradient* p, void* stream) {
-  const bool pairs = in_pairs(p->map, p->tiles.size);
+  const bool pairs = in_pairs(p->map, p->tiles.size, {p->input, p->gradient});
   const int64_t threads = p->count * ((p->map.c + pairs) / (1 + pairs));
   const dim3 grid = blocks((threads + kPatchThreads - 1) / kPatchThreads);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);

@@ -3,6 +3,8 @@
 // the patch of a tile, and the way from run-time choices to template arguments.
 #pragma once
 
+#include <initializer_list>
+
 #include "../common/channels.cuh"
 #include "../common/launch.cuh"
 #include "cuda.h"
@@ -136,8 +138,11 @@ bool with_types(DType dtype, Domain domain, Function f) {
 }
 
 // Channels side by side in a thread: two where every pair is one aligned word, and where the tile leaves registers for it.
-inline bool in_pairs(const TensorMap& map, int tile) {
-  return tile != 6 && map.stride_c == 1 && map.c % 2 == 0;
+// A tensor of the user's may begin in the middle of a word, as slices do.
+inline bool in_pairs(const TensorMap& map, int tile, std::initializer_list<const void*> tensors) {
+  bool pairs = tile != 6 && map.stride_c == 1 && map.c % 2 == 0;
+  for (const void* t : tensors) pairs &= reinterpret_cast<uintptr_t>(t) % 8 == 0;
+  return pairs;
 }
 
 inline dim3 blocks(int64_t count) { return dim3(unsigned(count)); }

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) filter_transform(FilterTransform p) 
 }  // namespace
 
 extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* stream) {
-  const bool pairs = in_pairs(p->map, p->tiles.size);
+  const bool pairs = in_pairs(p->map, p->tiles.size, {p->input});
   int warps_per_tile = 1;
   while (warps_per_tile < kWarps && warps_per_tile * 32 * (pairs ? 2 : 1) < p->channels)
     warps_per_tile *= 2;
@@ -245,7 +245,7 @@ extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* st
 }
 
 extern "C" int pywino_winograd_output_transform(const OutputTransform* p, void* stream) {
-  const bool pairs = in_pairs(p->map, p->tiles.size);
+  const bool pairs = in_pairs(p->map, p->tiles.size, {p->residual, p->output});
   const int64_t threads = p->count * ((p->map.c + pairs) / (1 + pairs));
   const dim3 grid = blocks((threads + kThreads - 1) / kThreads);
   bool known = true;
