@@ -3,6 +3,7 @@
 given, and nothing half written."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -163,6 +164,14 @@ def test_average_precision_with_labels(run, tmp_path):
     assert "mAP@.5 1.0000" in output
     scores = json.loads((tmp_path / "r.json").read_text())["average_precision"]
     assert scores["classes"] == {"cat": None, "dog": 1}
+
+
+def test_labels_without_the_library_that_scores(run, tmp_path, monkeypatch):
+    write(tmp_path / "in" / "a.png", BOX)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    output = run(tmp_path / "in", tmp_path / "out", "--labels", tmp_path, code=1)
+    assert "pip install 'pywino[detect]'" in output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_video(run, tmp_path):

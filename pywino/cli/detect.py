@@ -331,6 +331,11 @@ def command(
     if not paths:
         raise click.ClickException(f"there is no picture or video in {source}")
     network, names, size = load(weights, model, classes, size)
+    if labels is not None:
+        try:
+            average_precision([], [], names)  # before the work, not behind it
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
     job = _Job(
         network, names, size=size, threshold=threshold, overlap=overlap, source=source, out=out,
         labels=labels, overwrite=overwrite,
@@ -344,10 +349,7 @@ def command(
             progress.advance(task)
     for problem in job.problems:
         _say(console, problem)
-    try:
-        scores = job.precision()
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+    scores = job.precision()
     if scores is not None:
         of_classes = ", ".join(
             f"{n} {v:.3f}" for n, v in scores["classes"].items() if not math.isnan(v)

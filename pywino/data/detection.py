@@ -22,6 +22,7 @@ from pywino.data.folder import SUFFIXES, decoded
 
 _GREY = 0.5  # around letterboxed images
 _LARGEST_LABELS = 4 << 20  # bytes of a label file
+_MOST_CLASSES = 10_000  # of a folder that names none
 _STICKS_OUT = 0.01  # of a side: less is rounding
 _LEAST_VISIBLE = 0.3  # of a box after a random crop
 _STAMP_SIDE = (48, 256)  # pixels: smaller cut-outs are left out, larger ones are scaled down
@@ -97,9 +98,9 @@ def _box_of(columns, num_classes):
         raise ValueError(f"it must have 5 numbers, got {' '.join(columns)[:60]!r}") from None
     if not all(math.isfinite(value) for value in (label, *box)):
         raise ValueError("its numbers must be finite")
-    if label != int(label) or label < 0 or (num_classes is not None and label >= num_classes):
-        known = "at least 0" if num_classes is None else f"in [0, {num_classes})"
-        raise ValueError(f"its class must be an integer {known}, got {columns[0][:20]}")
+    classes = _MOST_CLASSES if num_classes is None else num_classes
+    if label != int(label) or not 0 <= label < classes:
+        raise ValueError(f"its class must be an integer in [0, {classes}), got {columns[0][:20]}")
     cx, cy, w, h = box
     if w <= 0 or h <= 0:
         raise ValueError(f"width and height must be above 0, got {w:g} and {h:g}")
@@ -140,19 +141,22 @@ class LabelledPictures(Dataset):
         self.problems: list[str] = []
         self.paths: list[Path] = []
         self.boxes: list[Tensor] = []
+        unused = {path for path in labels.rglob("*.txt") if path.name != "classes.txt"}
         for path in sorted(images.rglob("*")):
             if path.suffix.lower() not in SUFFIXES or not path.is_file():
                 continue
+            label = (labels / path.relative_to(images)).with_suffix(".txt")
+            unused.discard(label)
             if (why := _unreadable(path)) is not None:
                 self.problems.append(f"{path}: left out: {why}")
                 continue
-            label = (labels / path.relative_to(images)).with_suffix(".txt")
             boxes = torch.zeros(0, 5)
             if label.is_file():
                 boxes, problems = read_labels(label, None if classes is None else len(classes))
                 self.problems += problems
             self.paths.append(path)
             self.boxes.append(boxes)
+        self.problems += [f"{path}: left out: it has no picture" for path in sorted(unused)]
         if not self.paths:
             left_out = f"; left out: {self.problems[0]}" if self.problems else ""
             raise FileNotFoundError(

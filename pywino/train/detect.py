@@ -214,6 +214,7 @@ class _Run(Run):
         self.title = f"{recipe.model} detector, seed {recipe.seed}"
         self.data, self.held_out = recipe.read_data() if data is None else data
         self.classes = self.data.classes
+        average_precision([], [], self.classes)  # raises now where its library is missing
         torch.manual_seed(recipe.seed)
         self.net = recipe.build(len(self.classes))
         if recipe.swap:
@@ -331,8 +332,10 @@ class _Run(Run):
         return average_precision(found, boxes, self.classes)
 
     def _write_samples(self, sheet) -> None:
-        from PIL import Image
-
+        try:
+            from PIL import Image
+        except ImportError:
+            return
         side = self.recipe.size
         canvas = Image.new("RGB", (3 * side, -(-len(sheet) // 3) * side))
         for i, (pixels, found, truth) in enumerate(sheet):

@@ -2,6 +2,9 @@
 """Boxes that are where the pixels are, whatever happens to an image, and label files with every
 kind of mistake."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +85,13 @@ def test_boxes_that_stick_out_are_cut(tmp_path):
         boxes[:, :4], torch.tensor([[0, 0.25, 0.3, 0.75], [0.0, 0.25, 1, 0.75]])
     )
     assert problem == f"{path}, line 1: cut: its box sticks out of the image"
+
+
+def test_classes_without_names_are_bounded(tmp_path):
+    (tmp_path / "a.txt").write_text("9999 0.5 0.5 0.4 0.5\n10000000000 0.5 0.5 0.4 0.5\n")
+    boxes, (problem,) = read_labels(tmp_path / "a.txt")
+    assert boxes[:, 4].tolist() == [9999]
+    assert "an integer in [0, 10000), got 10000000000" in problem
 
 
 def test_a_label_file_of_gigabytes_is_not_read(tmp_path):
@@ -176,6 +186,28 @@ def test_unusable_pictures_are_named(folder):
     assert problem.startswith(f"{folder / 'images' / 'x.jpg'}: left out: cannot identify")
     with pytest.raises(RuntimeError, match=r"d\.png is damaged"):  # its header was good
         pictures.sample(2)
+
+
+def test_labels_without_a_picture_are_named(folder):
+    (folder / "labels" / "z.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    assert LabelledPictures(folder).problems == [
+        f"{folder / 'labels' / 'z.txt'}: left out: it has no picture"
+    ]
+
+
+def test_coco128():
+    """128 photos, of which two have no label file; two label files have no photo."""
+    shared = Path(__file__).parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("PYWINO_DATA", shared)) / "coco128"
+    if not folder.is_dir():
+        pytest.skip(f"COCO128 is not in {folder}; set PYWINO_DATA")
+    pictures = LabelledPictures(folder)
+    assert (len(pictures), len(pictures.classes)) == (128, 80)
+    assert sum(len(boxes) for boxes in pictures.boxes) == 929
+    assert [problem.split("/")[-1] for problem in pictures.problems] == [
+        "000000000656.txt: left out: it has no picture",
+        "000000000659.txt: left out: it has no picture",
+    ]
 
 
 @pytest.mark.parametrize("content", [None, b"no picture"])

@@ -233,6 +233,13 @@ def test_truths_may_be_absent(tmp_path):
         assert math.isnan(row["map50"])
 
 
+def test_the_library_that_scores_is_missed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(RuntimeError, match="it needs faster-coco-eval"):
+        detect(RECIPE, tmp_path / "run", data=DATA)
+    assert not list(tmp_path.glob("run/*"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
