@@ -94,7 +94,9 @@ def test_pure_wheel_has_the_package_and_nothing_else(pure_wheel):
         name for name in tracked_files() if name.startswith("pywino/") and name[-3:] == ".py"
     }
     kernels = {f"pywino/{name}" for name in tracked_files() if name.startswith("kernels/")}
-    assert names == modules | kernels | {"pywino/_build.json"}
+    weights = {name for name in tracked_files() if name.startswith("pywino/models/weights/")}
+    assert any(name.endswith(".safetensors") for name in weights)
+    assert names == modules | kernels | weights | {"pywino/_build.json"}
 
 
 def test_wheel_has_the_licence(pure_wheel):
@@ -119,6 +121,22 @@ print(_native.reason)
     assert Path(where).is_relative_to(pure_install)
     assert "PYWINO_PURE=1" in reason
     assert "pip install --no-build-isolation ." in reason
+
+
+def test_weights_of_our_own_need_nothing_else(pure_install, tmp_path):
+    script = """
+import torch
+from pywino import models
+net = models.sapnet(weights="pywino-rain").eval()
+print(models.weights.find_weights("pywino-rain"), net.stages)
+with torch.no_grad():
+    assert net(torch.rand(1, 3, 24, 40)).shape == (1, 3, 24, 40)
+"""
+    where, stages = python("-c", script, cwd=tmp_path, path=[pure_install]).stdout.split()
+    assert Path(where).is_relative_to(pure_install)
+    assert Path(where).stat().st_size < 1_000_000
+    assert Path(where).with_suffix(".md").is_file()
+    assert int(stages) >= 1
 
 
 def test_pure_install_answers_doctor(pure_install, tmp_path):
