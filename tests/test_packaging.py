@@ -94,7 +94,9 @@ def test_pure_wheel_has_the_package_and_nothing_else(pure_wheel):
         name for name in tracked_files() if name.startswith("pywino/") and name[-3:] == ".py"
     }
     kernels = {f"pywino/{name}" for name in tracked_files() if name.startswith("kernels/")}
-    assert names == modules | kernels | {"pywino/_build.json"}
+    weights = {name for name in tracked_files() if name.startswith("pywino/models/weights/")}
+    assert any(name.endswith(".safetensors") for name in weights)
+    assert names == modules | kernels | weights | {"pywino/_build.json"}
 
 
 def test_wheel_has_the_licence(pure_wheel):

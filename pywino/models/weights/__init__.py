@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checkpoints into models, tensors only: a file can never run code."""
+"""Checkpoints into models, tensors only: a file can never run code. The files beside this one are
+weights of pywino's own, each with a card (.md): what they were trained on, how, and their scores.
+"""
 
 import os
 from pathlib import Path
@@ -7,13 +9,38 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+_OWN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.safetensors"))}
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `torch.save` file by their names, without a `module.` in
-    front of every name (DataParallel's). Pickled objects are refused."""
-    path = Path(path)
+
+def find_weights(weights: str | os.PathLike) -> Path:
+    """The file of weights of pywino's own, by their name ("pywino-rain"), or the path itself."""
+    return _OWN.get(os.fspath(weights), Path(weights))
+
+
+def weights_metadata(weights: str | os.PathLike) -> dict[str, str]:
+    """What a .safetensors file says beside its tensors: how the model is built that they are for.
+    Empty for other files, and where there is none."""
+    path = find_weights(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:  # load_weights says what is wrong
+        return {}
+
+
+def read_weights(weights: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or `torch.save` file, or of weights of pywino's own, by their
+    names, without a `module.` in front of every name (DataParallel's). Pickled objects are
+    refused."""
+    path = find_weights(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"load_weights: there is no file {path}")
+        raise FileNotFoundError(
+            f"load_weights: there is no file {path}; weights in the package are {', '.join(_OWN)}"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -40,14 +67,15 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return content
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Fill `model` from a `.safetensors` or `torch.save` file and return it.
+def load_weights(model: nn.Module, weights: str | os.PathLike) -> nn.Module:
+    """Fill `model` from a `.safetensors` or `torch.save` file, or from weights of pywino's own by
+    their name, and return it.
 
     Names and shapes must fit one to one, a `module.` in front of every name (DataParallel's) aside;
     otherwise a RuntimeError lists what does not and the model is left as it was. Pickled objects
     are refused.
     """
-    return load_state(model, read_weights(path), path)
+    return load_state(model, read_weights(weights), find_weights(weights))
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> nn.Module:
