@@ -76,6 +76,18 @@ def test_deblurganv2s_weights_run_as_its_authors_run_them(picture, tmp_path):
     assert (pixels_of(tmp_path / "out.png") - own).abs().max() <= 0.51 / 255
 
 
+def test_a_picture_without_statistics_is_named(tmp_path):
+    """In 32 x 32 pixels the deepest features are one value each."""
+    torch.save(a_network(dilation=1).state_dict(), tmp_path / "weights.h5")
+    Image.new("RGB", (20, 20)).save(tmp_path / "in.png")
+    arguments = ["deblur", tmp_path / "in.png", tmp_path / "out.png", "--deblurgan-v2"]
+    arguments += ["--weights", tmp_path / "weights.h5"]
+    result = CliRunner().invoke(pywino.cli.main, list(map(str, arguments)))
+    assert result.exit_code == 1
+    assert "in.png: skipped: Expected more than 1 value per channel" in result.output
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_tiles_agree_with_the_whole_picture():
     """On the grid of the deepest features a tile has the whole picture's, but for what its borders
     reach; the further in, the less that is. At any other offset the encoder sees other pixels."""

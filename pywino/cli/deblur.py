@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``pywino deblur IN OUT``: Deblur-YOLO's generator on a picture, a folder of them, or a video."""
 
-from pathlib import Path
-
 import click
 import torch
 
@@ -19,9 +17,9 @@ GRID = 32  # of its features
 @restore.options(TILE, OVERLAP)
 @click.option(
     "--weights",
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The generator's weights, .safetensors or .pth; or DeblurGAN-v2's, fpn_mobilenet.h5.",
+    default="pywino-blur",
+    show_default=True,
+    help="A file of the generator, .safetensors or .pth; or DeblurGAN-v2's, fpn_mobilenet.h5.",
 )
 @click.option(
     "--deblurgan-v2", is_flag=True,

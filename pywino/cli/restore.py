@@ -167,7 +167,8 @@ class _Job:
             else:
                 row.update(self._picture(path, output, truth, task))
             row["seconds"] = round(time.perf_counter() - start, 3)
-        except (Refused, OSError, MemoryError) as error:
+        # ValueError: torch's, of a picture that is too small for statistics of its own.
+        except (Refused, OSError, MemoryError, ValueError) as error:
             row["skipped"] = first_line(error)
         finally:
             self.progress.remove_task(task)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pywino
+from pywino.data import blur, trajectory_kernels
+from pywino.losses import psnr
 from pywino.models import deblur_yolo, mobilenet_v2
 
 
@@ -236,3 +238,17 @@ def test_published_encoder():
         pytest.skip("set PYWINO_MOBILENET to torchvision's mobilenet_v2-b0353104.pth")
     mean = deblur_yolo(encoder=path).fpn.features[0][1].running_mean
     assert mean.abs().max() > 0
+
+
+def test_weights_of_our_own():
+    """They sharpen photos of another source than their training's, on average."""
+    pictures = pytest.importorskip("skimage.data")
+    photos = [pictures.astronaut(), pictures.coffee(), pictures.chelsea(), pictures.rocket()]
+    corners = ((0, 0), (100, 100), (50, 200))
+    crops = [p[y : y + 192, x : x + 192] for p in photos for y, x in corners]
+    sharp = torch.stack([torch.from_numpy(c.copy()).permute(2, 0, 1) / 255 for c in crops])
+    blurred = blur(sharp, trajectory_kernels(12, torch.Generator().manual_seed(0))).clamp(0, 1)
+    with torch.inference_mode():
+        restored = deblur_yolo("pywino-blur", trim=True).eval()(blurred)
+    gain = psnr(restored, sharp) - psnr(blurred, sharp)
+    assert float(gain.mean()) > 0.3
