@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional as F
 
 import pywino
+from pywino.data import RAIN
+from pywino.losses import psnr
 from pywino.models import load_weights, resnet50, sapnet, vgg16
 
 
@@ -319,6 +321,33 @@ def test_published_weights(data, restored):
     # stay near 20 dB, one stage near 19.
     assert psnr(rainy) < 13
     assert psnr(output) > 24
+
+
+@pytest.mark.parametrize(("rain", "gain"), [("heavy", 11), ("light", 1.8)])
+def test_weights_of_our_own(rain, gain):
+    """They take the rain out of photos of another source than their training's, decibels."""
+    pictures = pytest.importorskip("skimage.data")
+    photos = [pictures.astronaut(), pictures.coffee(), pictures.chelsea()]
+    clean = torch.stack(
+        [torch.from_numpy(p[40:232, 100:292].copy()).permute(2, 0, 1) / 255 for p in photos]
+    )
+    rainy = torch.stack(
+        [RAIN[rain](c, torch.Generator().manual_seed(i)) for i, c in enumerate(clean)]
+    )
+    with torch.inference_mode():
+        output = sapnet(weights="pywino-rain").eval()(rainy).clamp(0, 1)
+    assert float((psnr(output, clean) - psnr(rainy, clean)).mean()) > gain
+
+
+def test_a_file_says_how_many_stages(tmp_path):
+    from safetensors.torch import save_file
+
+    state = sapnet(stages=1).state_dict()
+    for name, metadata, wanted in (("a", {"stages": "2"}, 2), ("b", {}, 6), ("c", None, 6)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(state, path, metadata)
+        assert sapnet(weights=path).stages == wanted
+        assert sapnet(weights=path, stages=4).stages == 4
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

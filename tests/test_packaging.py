@@ -123,6 +123,22 @@ print(_native.reason)
     assert "pip install --no-build-isolation ." in reason
 
 
+def test_weights_of_our_own_need_nothing_else(pure_install, tmp_path):
+    script = """
+import torch
+from pywino import models
+net = models.sapnet(weights="pywino-rain").eval()
+print(models.weights.find_weights("pywino-rain"), net.stages)
+with torch.no_grad():
+    assert net(torch.rand(1, 3, 24, 40)).shape == (1, 3, 24, 40)
+"""
+    where, stages = python("-c", script, cwd=tmp_path, path=[pure_install]).stdout.split()
+    assert Path(where).is_relative_to(pure_install)
+    assert Path(where).stat().st_size < 1_000_000
+    assert Path(where).with_suffix(".md").is_file()
+    assert int(stages) >= 1
+
+
 def test_pure_install_answers_doctor(pure_install, tmp_path):
     done = python("-m", "pywino", cwd=tmp_path, path=[pure_install])
     assert str(pure_install) in done.stdout

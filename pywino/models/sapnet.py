@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from pywino import backends
 from pywino.functional.conv_lstm import conv_lstm_cell
 from pywino.functional.winograd import run_conv2d
-from pywino.models.weights import load_weights
+from pywino.models.weights import load_weights, weights_metadata
 from pywino.nn.channel_attention import ChannelResidualAttention, GatePaths
 from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.winograd import WinogradConv2d
@@ -197,15 +197,19 @@ def _run(conv, x, weight, bias, residual=None, activation=None):
 def sapnet(
     attention: str | None = "cra",
     dilation: Sequence[int] = (1, 2, 4, 8, 16),
-    stages: int = 6,
+    stages: int | None = None,
     weights: str | os.PathLike | None = None,
 ) -> SAPNet:
     """SAPNet's deraining network, with random weights or those of a file.
 
     attention: "cra" (180,483 parameters, the published network), "ca" or "se" (170,243), None
     (168,963: PReNet). dilation: one a residual block; (1, 1, 1, 1, 1) is the first version of the
-    paper. weights: a `.safetensors` or a `torch.save` file with the authors' names, `module.` in
-    front of them or not.
+    paper. stages: how often the weights are used; None for as often as in their training, where
+    their file says so, else 6. weights: "pywino-rain", pywino's own (`docs/sapnet.md`); or a
+    `.safetensors` or a `torch.save` file with the authors' names, `module.` in front of them or
+    not.
     """
+    if stages is None:
+        stages = 6 if weights is None else int(weights_metadata(weights).get("stages", 6))
     model = SAPNet(attention, dilation, stages)
     return model if weights is None else load_weights(model, weights)

@@ -83,6 +83,9 @@ class DerainRecipe(RestorationRecipe):
     def degrade(self):
         return (RAIN[self.rain],)
 
+    def metadata(self):
+        return {"stages": str(self.stages)}
+
     def build(self) -> Learner:
         attention = None if self.attention == "none" else self.attention
         net = self.started(models.sapnet(attention, self.dilation, self.stages))

@@ -142,6 +142,10 @@ class RestorationRecipe:
         """The learner, its network with fresh weights or those of `init`."""
         raise NotImplementedError
 
+    def metadata(self) -> dict[str, str]:
+        """What the files of weights say of the network beside its tensors."""
+        return {}
+
     def started(self, net: nn.Module) -> nn.Module:
         """`net` with the weights of `init`."""
         return net if self.init is None else load_weights(net, self.init)
@@ -216,6 +220,7 @@ class _Run(Run):
             }
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp)
         self.learner.autocast = lambda: autocast
+        self.metadata = recipe.metadata()
         self.first_lr = {
             name: [group["lr"] for group in optimizer.param_groups]
             for name, optimizer in self.learner.optimizers.items()

@@ -61,6 +61,7 @@ class Run:
     """
 
     title = ""
+    metadata: dict[str, str] = {}  # noqa: RUF012  of the files of weights
     panels: dict[str, tuple[str, ...]]
 
     def __init__(self, recipe, out, device, rank, ranks, listener):
@@ -120,7 +121,8 @@ class Run:
         self.new_epoch()
         if self.rank == 0:
             net = next(iter(self.networks.values()))
-            weights = to_safetensors({k: v.contiguous() for k, v in net.state_dict().items()})
+            tensors = {name: value.contiguous() for name, value in net.state_dict().items()}
+            weights = to_safetensors(tensors, self.metadata or None)
             write_whole(self.out / "last.safetensors", weights)
             if improved:
                 write_whole(self.out / "best.safetensors", weights)

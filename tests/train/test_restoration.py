@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pywino import losses
 from pywino.cli.train import train
+from pywino.models import sapnet
 from pywino.train import (
     DerainRecipe,
     Learner,
@@ -363,6 +364,7 @@ def test_command(folder, tmp_path):
     assert (got["rain"], got["lr"], got["loss"]) == ("light", 0.002, ["ssim", "l1:0.5"])
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     assert row["ssim_loss"] + row["l1_loss"] == pytest.approx(row["loss"], rel=1e-6)
+    assert sapnet(weights=tmp_path / "run" / "last.safetensors").stages == 1
     again = run(*line)
     assert again.exit_code == 1
     assert "has a run already" in again.output
