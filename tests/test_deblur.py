@@ -113,3 +113,11 @@ def test_weights_that_do_not_fit_are_named(picture, tmp_path):
     assert result.exit_code == 1
     assert "does not fit DeblurYOLO" in result.output
     assert not (tmp_path / "out.png").exists()
+
+
+def test_without_weights_they_are_our_own(picture, tmp_path):
+    invoke(tmp_path / "in.png", tmp_path / "out.png")
+    with torch.no_grad():
+        wanted = deblur_yolo("pywino-blur", trim=True).eval()(picture[None])[0]
+    assert (wanted - picture).abs().max() > 4 / 255
+    assert (pixels_of(tmp_path / "out.png") - wanted).abs().max() <= 0.51 / 255

@@ -290,3 +290,18 @@ def test_stages_and_weights_reach_the_network(tmp_path, weights, monkeypatch):
     result = CliRunner().invoke(pywino.cli.main, arguments)
     assert result.exit_code == 1
     assert "cannot be read as a file of tensors" in result.output
+
+
+def test_without_weights_they_are_our_own(tmp_path):
+    """With as many stages as in their training."""
+    pixels = picture(24, 30)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    arguments = ["derain", str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    result = CliRunner().invoke(pywino.cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    rainy = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        clean = sapnet(weights="pywino-rain").eval()(rainy)[0].clamp(0, 1)
+    got = torch.from_numpy(np.asarray(Image.open(tmp_path / "b.png")).copy()).permute(2, 0, 1) / 255
+    assert (clean - rainy[0]).abs().max() > 4 / 255
+    assert (got - clean).abs().max() <= 0.51 / 255

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``pywino derain IN OUT``: SAPNet on a picture, a folder of them, or a video."""
 
-from pathlib import Path
-
 import click
 import torch
 
@@ -17,12 +15,14 @@ OVERLAP = 96  # its attention sees one tile's means, not the whole picture's
 @restore.options(TILE, OVERLAP)
 @click.option(
     "--weights",
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default="pywino-rain",
+    show_default=True,
     help="SAPNet's weights, .pth (the authors' file) or .safetensors.",
 )
 @click.option(
-    "--stages", type=click.IntRange(1, 6), default=6, show_default=True, help="Fewer are faster."
+    "--stages",
+    type=click.IntRange(1, 6),
+    help="Fewer are faster. Default: as in the weights' training.",
 )
 def command(weights, stages, tile, **options):
     """Take the rain out of a picture, of all pictures and videos of a folder, or of a video.
