@@ -516,7 +516,7 @@ def check_output_transform(kernel, case, **how):
 
 
 # taps, tiles, C', K', splits: both block shapes and edges of each, one step, splits without a tile.
-SUMS = [(4, 49, 24, 72, 3), (3, 130, 136, 72, 2), (2, 291, 72, 200, 5), (1, 5, 8, 16, 4)]
+SUMS = [(4, 49, 24, 72, 3), (3, 129, 136, 72, 2), (2, 291, 72, 200, 5), (1, 5, 8, 16, 4)]
 
 
 def check_summed_product(kernel, shape, domain, **how):
@@ -958,6 +958,9 @@ MUTATE = [
             for shape in shapes
             for domain in DOMAINS
         ],
+        harmless={
+            "const int64_t steps = (p.tiles + G::BK + 1) / G::BK;": "one more stage of zeros",
+        },
         headers=[CSRC / "core" / "common" / "gemm.cuh"],
     ),
     Recipe(
