@@ -5,10 +5,10 @@
 // Weight gradient: dU[xi][c][k] = sum over tiles V[xi][tile][c] D[xi][tile][k], with V = B^T d B and D = A dY A^T, then G^T dU G.
 // The channels are cut into blocks of at most 128 x 128, so that the accumulators of a block stay near the core; where there
 // are fewer blocks than threads, the tiles are cut into slices too and the slices summed in their order (deterministic).
+#include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
 #include "patches.h"
-#include "../common/product.h"
 #include "tiles.h"
 #include "transforms.h"
 #include "winograd.h"

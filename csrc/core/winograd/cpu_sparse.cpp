@@ -16,9 +16,9 @@
 // The chunks are shared among the threads (every chunk is the same work, whatever the zeros are). Where there are too few
 // tiles for that, all threads transform one chunk together and then take vectors of output channels, those with the most
 // entries first.
+#include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
-#include "../common/product.h"
 #include "sparse.h"
 #include "stages.h"
 #include "tiles.h"

@@ -17,8 +17,8 @@
 
 #include <type_traits>
 
-#include "../common/simd.h"
 #include "../common/product.h"
+#include "../common/simd.h"
 #include "winograd.h"
 
 namespace pywino::winograd {
