@@ -681,3 +681,11 @@ def test_precision_of_gpu_kernels(dtype, tf32, precision, strict):
 )
 def test_which_images_run(image, device, runs):
     assert native._image_runs(image, device) == runs
+
+
+def test_a_race_takes_turns_and_keeps_the_least(monkeypatch):
+    order, seconds = [], iter([3.0, 5.0, 2.0, 7.0, 4.0, 6.0])
+    monkeypatch.setattr(planner, "_seconds_on_cpu", lambda run: run() or next(seconds))
+    runs = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    assert planner.race(runs, 3) == {"a": 2.0, "b": 5.0}
+    assert order == ["a", "b"] * 3

@@ -11,8 +11,6 @@ alone, or a dense convolution of the masked input (Winograd's where that pays), 
 faster one on this signature and density. An output is channels_last iff the op's input is.
 """
 
-import time
-
 import torch
 from torch.nn import functional as F
 
@@ -83,12 +81,7 @@ def _beats_dense(input, density, weight, padding, dilation):
             ),
             "dense": lambda: dense_forward(input, mask, weight, None, padding, dilation),
         }  # fmt: skip
-        best = dict.fromkeys(runs, float("inf"))
-        for _ in range(_CALLS):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                best[name] = min(best[name], time.perf_counter() - start)
+        best = planner.race(runs, _CALLS)
     return best["pixels"] < planner.MARGIN * best["dense"]
 
 

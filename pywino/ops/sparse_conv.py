@@ -13,8 +13,6 @@ weight is that of the dense weight: a zero of the weight has a gradient too, and
 `pywino.pruning.Pruner` masks it. An output is channels_last iff the op's input is.
 """
 
-import time
-
 import torch
 from torch.nn import functional as F
 
@@ -99,12 +97,7 @@ def _beats_dense(input, weight, stride, padding, dilation, pattern):
             "dense": lambda: torch.conv2d(input, weight, None, *where),
             "sparse": lambda: native_forward(input, filter, None, len(weight), size, *where),
         }
-        best = dict.fromkeys(runs, float("inf"))
-        for _ in range(_CALLS):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                best[name] = min(best[name], time.perf_counter() - start)
+        best = planner.race(runs, _CALLS)
     return best["sparse"] + _PYTHON < planner.MARGIN * best["dense"]
 
 
