@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pywino.functional.channel_attention import channel_residual_attention
+from pywino.reference import channel_attention as reference
 
 
 class GatePaths(NamedTuple):
@@ -76,12 +77,21 @@ class ChannelResidualAttention(ChannelAttention):
         rd_ratio, rd_channels, rd_divisor: timm's names for the rows of W1: C * rd_ratio rounded to
             a multiple of rd_divisor, or rd_channels itself; they go before `reduction`.
 
-    `forward(input, activation=None, residual=None, residual_activation=None, mean=None)` fuses what
-    comes after: a ReLU on x g, a tensor that is added to it, a ReLU on the sum. `mean` is z where
-    the layer before has made it (`WinogradConv2d.with_mean`). Parameter names are those of SAPNet's
-    published file."""
+    `forward(input, activation=None, residual=None, residual_activation=None, mean=None,
+    inplace=False)` fuses what comes after: a ReLU on x g, a tensor that is added to it, a ReLU on
+    the sum. `mean` is z where the layer before has made it (`WinogradConv2d.with_mean`); with
+    `inplace` the result may be written over x. Parameter names are those of SAPNet's published
+    file."""
 
-    def forward(self, input, activation=None, residual=None, residual_activation=None, mean=None):
+    def forward(
+        self,
+        input,
+        activation=None,
+        residual=None,
+        residual_activation=None,
+        mean=None,
+        inplace=False,
+    ):
         squeeze, expand, shortcut = self.layers()
         return channel_residual_attention(
             input,
@@ -94,7 +104,18 @@ class ChannelResidualAttention(ChannelAttention):
             residual=residual,
             residual_activation=residual_activation,
             mean=mean,
+            inplace=inplace,
         )
+
+    def gate(self, mean):
+        """g (N, C) of the means z (N, C), where what reads x next applies it
+        (`WinogradConv2d.with_mean`)."""
+        squeeze, expand, shortcut = self.layers()
+        w1, w2, w3 = (
+            layer if layer is None else layer.weight.flatten(1)
+            for layer in (squeeze, expand, shortcut)
+        )
+        return reference.gate(mean, w1, w2, w3, squeeze.bias, expand.bias)
 
     @classmethod
     def from_dense(cls, gate, paths):
