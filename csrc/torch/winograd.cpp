@@ -3,6 +3,7 @@
 // which also words the errors that a user can cause; the checks here only keep memory safe.
 #include "core/winograd/winograd.h"
 
+#include <array>
 #include <tuple>
 
 #include "tensor.h"
@@ -110,7 +111,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
                const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
                torch::headeronly::IntHeaderOnlyArrayRef padding,
                torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu, bool winograd_relu,
-               bool fast, float* mean, const char* op) {
+               bool fast, const float* gate, float* mean, const char* op) {
   winograd::ForwardParams p;
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
@@ -146,6 +147,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
   p.relu = relu;
   p.winograd_relu = winograd_relu;
   p.fast = fast;
+  p.gate = gate;
   p.mean = mean;
   check_fast(fast, filter.numel(), op);
   check_status(winograd::forward(p, torch_threads()), op);
@@ -159,24 +161,87 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
                         torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu,
                         bool winograd_relu, bool fast) {
   return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu,
-                 winograd_relu, fast, nullptr, "pywino::_winograd_forward");
+                 winograd_relu, fast, nullptr, nullptr, "pywino::_winograd_forward");
 }
 
-// The same of one image, and the means of the output's channels, which take no pass of their own.
-std::tuple<Tensor, Tensor> winograd_forward_mean(const Tensor& input, const Tensor& filter,
-                                                 const std::optional<Tensor>& bias,
-                                                 int64_t out_channels, int64_t tile,
-                                                 torch::headeronly::IntHeaderOnlyArrayRef padding,
-                                                 torch::headeronly::IntHeaderOnlyArrayRef dilation,
-                                                 bool fast) {
+// The same of one image, and the means of the output's channels, which take no pass of their own. With a gate the input is
+// relu(gate * input).
+std::tuple<Tensor, Tensor> winograd_forward_mean(
+    const Tensor& input, const std::optional<Tensor>& gate, const Tensor& filter,
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t tile,
+    torch::headeronly::IntHeaderOnlyArrayRef padding,
+    torch::headeronly::IntHeaderOnlyArrayRef dilation, bool fast) {
   constexpr const char* op = "pywino::_winograd_forward_mean";
   STD_TORCH_CHECK(input.dim() == 4 && input.size(0) == 1 && is_channels_last(input) &&
                       filter.scalar_type() == ScalarType::Float && out_channels >= 1,
                   op, ": input must be one image in channels_last, and the filter dense");
+  STD_TORCH_CHECK(!gate || (input.scalar_type() == ScalarType::Float &&
+                            gate->scalar_type() == ScalarType::Float && gate->is_contiguous() &&
+                            gate->numel() == input.size(1)),
+                  op, ": gate must be a number for each channel, of an input in float32");
   Tensor mean = empty_cpu({1, out_channels}, ScalarType::Float, false);
-  Tensor output = forward(input, filter, bias, std::nullopt, out_channels, tile, padding, dilation,
-                          false, false, fast, static_cast<float*>(mean.mutable_data_ptr()), op);
+  Tensor output =
+      forward(input, filter, bias, std::nullopt, out_channels, tile, padding, dilation, false,
+              false, fast, gate ? static_cast<const float*>(gate->const_data_ptr()) : nullptr,
+              static_cast<float*>(mean.mutable_data_ptr()), op);
   return {output, mean};
+}
+
+void check_state(const std::optional<Tensor>& state, const Tensor& input, int64_t channels,
+                 const char* op, const char* name) {
+  STD_TORCH_CHECK(!state || (state->scalar_type() == ScalarType::Float && state->dim() == 4 &&
+                             is_channels_last(*state) && state->size(0) == input.size(0) &&
+                             state->size(1) == channels && state->size(2) == input.size(2) &&
+                             state->size(3) == input.size(3)),
+                  op, ": ", name, " must be (N, C, H, W) in float32, channels_last");
+}
+
+// One step of a convolutional LSTM with 3 x 3 kernels: the gates are never written.
+std::tuple<Tensor, Tensor> winograd_conv_lstm(const Tensor& input,
+                                              const std::optional<Tensor>& hidden,
+                                              const std::optional<Tensor>& cell,
+                                              const Tensor& filter,
+                                              const std::optional<Tensor>& bias, int64_t channels,
+                                              int64_t tile, bool fast) {
+  constexpr const char* op = "pywino::_winograd_conv_lstm";
+  STD_TORCH_CHECK(input.dim() == 4 && input.scalar_type() == ScalarType::Float &&
+                      is_channels_last(input) && input.size(1) % 16 == 0 && channels % 16 == 0 &&
+                      input.numel() > 0 && channels > 0,
+                  op, ": input must be in float32, channels_last, and channels multiples of 16");
+  check_state(hidden, input, channels, op, "hidden");
+  check_state(cell, input, channels, op, "cell");
+  const std::array<int64_t, 2> one = {1, 1};
+  winograd::ForwardParams p{};
+  p.geometry = geometry_of(input, 4 * channels, tile, one, one, op);
+  winograd::Geometry& g = p.geometry;
+  p.input = input.const_data_ptr();
+  if (hidden) {
+    p.second = hidden->const_data_ptr();
+    p.second_channels = channels;
+    g.input.c += channels;
+  }
+  check_fast(fast, filter.numel(), op);
+  STD_TORCH_CHECK(
+      filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
+          filter.numel() == winograd::filter_size(g.out_channels, g.input.c, g.tile, fast),
+      op, ": the filter was packed for other channels, another tile or instructions");
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
+                            bias->numel() == 4 * channels),
+                  op, ": bias must be ", 4 * channels, " numbers in float32");
+  const auto empty_state = [&] {
+    return empty_cpu({g.input.n, channels, g.input.h, g.input.w}, ScalarType::Float, true);
+  };
+  Tensor next_hidden = empty_state(), next_cell = empty_state();
+  const winograd::LstmState state{
+      cell ? static_cast<const float*>(cell->const_data_ptr()) : nullptr,
+      static_cast<float*>(next_hidden.mutable_data_ptr()),
+      static_cast<float*>(next_cell.mutable_data_ptr())};
+  p.filter = static_cast<const float*>(filter.const_data_ptr());
+  p.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  p.fast = fast;
+  p.lstm = &state;
+  check_status(winograd::forward(p, torch_threads()), op);
+  return {next_hidden, next_cell};
 }
 
 // The geometry of a gradient op: grad must have the size of the forward's output.
@@ -265,6 +330,7 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_winograd_sparse_pack", TORCH_BOX(&pywino::winograd_sparse_pack));
   m.impl("_winograd_forward", TORCH_BOX(&pywino::winograd_forward));
   m.impl("_winograd_forward_mean", TORCH_BOX(&pywino::winograd_forward_mean));
+  m.impl("_winograd_conv_lstm", TORCH_BOX(&pywino::winograd_conv_lstm));
   m.impl("_winograd_backward_weight", TORCH_BOX(&pywino::winograd_backward_weight));
   m.impl("_winograd_domain_backward_input", TORCH_BOX(&pywino::winograd_domain_backward_input));
 }

@@ -7,7 +7,7 @@ from torch.overrides import is_tensor_like
 from pywino import backends
 from pywino.functional._checks import _refuse, autocasts, check_choice
 from pywino.functional._eager import is_plain, wants_gradients
-from pywino.functional.winograd import run_conv2d
+from pywino.functional.winograd import inference_kernel, run_conv2d
 from pywino.ops import conv_lstm as ops
 from pywino.reference import conv_lstm as reference
 
@@ -49,7 +49,10 @@ def run_conv_lstm_cell(
     _check(input, hidden, cell, weight, bias)
     if hidden is None:  # its part of the weight meets zeros
         weight = weight[:, : input.shape[1]]
-    else:
+    made = _fused(input, hidden, cell, weight, bias, (backend, algorithm, precision), cache)
+    if made is not None:
+        return made
+    if hidden is not None:
         last = backends.is_channels_last(input)
         format = torch.channels_last if last else torch.contiguous_format
         input = torch.cat((input, hidden.contiguous(memory_format=format)), 1)
@@ -60,6 +63,19 @@ def run_conv_lstm_cell(
     if cell is not None and autocasts(input):
         cell = cell.to(gates.dtype)
     return _pointwise(gates, cell, backend)
+
+
+def _fused(input, hidden, cell, weight, bias, choice, cache):
+    """The whole step in one kernel, which never writes the gates; None where there is none."""
+    if tuple(weight.shape[2:]) != (3, 3):
+        return None
+    channels = len(weight) // 4
+    tensors = (input, weight, bias, hidden, cell)
+    kernel = inference_kernel(tensors, (1, 1), (1, 1), choice)
+    if kernel is None or not kernel.takes_lstm(input, channels):
+        return None
+    filter = kernel.filter(weight) if cache is None else cache.filter(weight, kernel)
+    return kernel.conv_lstm(input, hidden, cell, filter, bias, channels)
 
 
 def _pointwise(gates, cell, backend):

@@ -157,33 +157,54 @@ def run_conv2d(
     return route(input, weight, bias, residual, cache)
 
 
-def run_conv2d_mean(input, weight, bias, padding, dilation, choice, cache):
+def run_conv2d_mean(input, weight, bias, padding, dilation, choice, cache, gate=None):
     """(conv2d, the means of its output's channels (1, K) in float32), the latter None where they
-    would take another pass. choice: (backend, algorithm, precision)."""
+    would take another pass. With a gate, (N, C) in float32, conv2d of relu(gate input).
+    choice: (backend, algorithm, precision)."""
+    kernel = inference_kernel((input, weight, bias, gate), padding, dilation, choice)
+    if kernel is not None and kernel.gives_mean(input):
+        if gate is not None and not kernel.takes_gate(input):
+            input, gate = gated(input, gate), None
+        filter = cache.filter(weight, kernel)
+        return kernel.forward_mean(input, gate, filter, bias, len(weight), padding, dilation)
+    if gate is not None:
+        input = gated(input, gate)
     backend, algorithm, precision = choice
-    plain = (
-        not torch.compiler.is_dynamo_compiling()
-        and type(input) is Tensor
-        and type(weight) in _PLAIN
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not autocasts(input)
-        and not _gradients(input, weight, bias)
-        and input.is_cpu
-        and input.dim() == 4
-    )
-    if plain:
-        call = planner.describe(
-            "winograd_conv2d", input, weight, padding, dilation, precision=precision, cached=True
-        )
-        if backends.covers(call, algorithm):
-            plan = planner.choose(call, algorithm, backend)
-            kernel = kernel_of(plan, call) if plan.tile else None
-            if kernel is not None and kernel.gives_mean(input):
-                filter = cache.filter(weight, kernel)
-                return kernel.forward_mean(input, filter, bias, call.k, padding, dilation)
     arguments = (1, padding, dilation, 1, None, backend, algorithm, precision, cache, False)
     return run_conv2d(input, weight, bias, None, *arguments), None
+
+
+def gated(input, gate):
+    return torch.relu(input * gate[:, :, None, None].to(input.dtype))
+
+
+def inference_kernel(tensors, padding, dilation, choice):
+    """The `Kernel` of an eager call on plain CPU tensors without gradients, for what only kernels
+    fuse; None where there is another call or PyTorch's convolution was chosen.
+
+    tensors: (input, weight, bias, ...), of which the input may have fewer channels than the
+    weight. choice: (backend, algorithm, precision)."""
+    input, weight = tensors[:2]
+    backend, algorithm, precision = choice
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or any(t is not None and type(t) not in _PLAIN for t in tensors)
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack() > 0
+        or not input.is_cpu
+        or input.dim() != 4
+        or autocasts(input)
+        or _gradients(*tensors)
+    ):
+        return None
+    call = planner.describe(
+        "winograd_conv2d", input, weight, padding, dilation, precision=precision, cached=True
+    )._replace(c=weight.shape[1])
+    if not backends.covers(call, algorithm):
+        return None
+    plan = planner.choose(call, algorithm, backend)
+    return kernel_of(plan, call) if plan.tile else None
 
 
 def _gradients(*tensors):

@@ -14,8 +14,9 @@ file.
 Built on pywino's layers, a stage is computed as
 
     a = ReLU(conv0's x part of x + Y)     Y = conv0's y part of y, once for all stages
-    h, c = conv_lstm_cell(a, (h, c))      one convolution for the four gates
-    s = block(s)                          each gate with the ReLU and the sum behind it in one pass
+    h, c = conv_lstm_cell(a, (h, c))      one convolution for the four gates, the cell behind it
+    s = block(s)                          the first gate and ReLU where the second convolution reads,
+                                          the second with the ReLU and the sum behind it in one pass
     x = conv(s) + y                       the sum inside the convolution's kernel
 
 `pywino.restore_` puts PyTorch's layers there; then the equations above run as they stand.
@@ -96,7 +97,10 @@ class _Block(nn.Sequential):
         if not isinstance(conv1, WinogradConv2d) or not isinstance(conv2, WinogradConv2d):
             return gate2(conv2(gate1(conv1(s), "relu")), "relu", s, "relu")
         u, mean = conv1.with_mean(s)
-        u, mean = conv2.with_mean(gate1(u, "relu", mean=mean))
+        if mean is None:
+            u, mean = conv2.with_mean(gate1(u, "relu"))
+        else:
+            u, mean = conv2.with_mean(u, gate1.gate(mean))
         return gate2(u, "relu", s, "relu", mean)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pywino.functional.channel_attention import channel_residual_attention
+from pywino.reference import channel_attention as reference
 
 
 class GatePaths(NamedTuple):
@@ -95,6 +96,16 @@ class ChannelResidualAttention(ChannelAttention):
             residual_activation=residual_activation,
             mean=mean,
         )
+
+    def gate(self, mean):
+        """g (N, C) of the means z (N, C), where what reads x next applies it
+        (`WinogradConv2d.with_mean`)."""
+        squeeze, expand, shortcut = self.layers()
+        w1, w2, w3 = (
+            layer if layer is None else layer.weight.flatten(1)
+            for layer in (squeeze, expand, shortcut)
+        )
+        return reference.gate(mean, w1, w2, w3, squeeze.bias, expand.bias)
 
     @classmethod
     def from_dense(cls, gate, paths):

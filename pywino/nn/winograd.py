@@ -11,7 +11,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pywino import _native as native
 from pywino.functional._winograd_domain import run_winograd_domain_conv2d
-from pywino.functional.winograd import run_conv2d, run_conv2d_mean, run_winograd_relu_conv2d
+from pywino.functional.winograd import (
+    gated,
+    run_conv2d,
+    run_conv2d_mean,
+    run_winograd_relu_conv2d,
+)
 from pywino.ops import winograd as ops
 from pywino.reference import winograd as reference
 
@@ -299,16 +304,20 @@ class WinogradConv2d(Cached, nn.Conv2d):
             self.backend != "auto",
         )
 
-    def with_mean(self, input):
+    def with_mean(self, input, gate=None):
         """(the layer's output, the means of its channels (1, K) in float32), without the pass over
         the output that these take alone; None in their place where that cannot be. For what is
-        gated by them (`ChannelResidualAttention`)."""
+        gated by them (`ChannelResidualAttention`).
+
+        With `gate` (N, C) in float32, of relu(gate input), without the pass that this takes
+        alone."""
         fits = self.fits_winograd_domain and self.activation is None and self.domain == "spatial"
         if not fits or isinstance(self.padding, str) or _has_hooks(self):
-            return self(input), None
+            return self(input if gate is None else gated(input, gate)), None
         choice = (self.backend, self.algorithm, self.precision)
+        geometry = (self.padding, self.dilation)
         return run_conv2d_mean(
-            input, self.weight, self.bias, self.padding, self.dilation, choice, self._filters
+            input, self.weight, self.bias, *geometry, choice, self._filters, gate
         )
 
     def extra_repr(self):

@@ -65,12 +65,38 @@ class Kernel(NamedTuple):
         """Whether `forward_mean` takes this input."""
         return self.backend == "cpu" and len(input) == 1 and backends.is_channels_last(input)
 
-    def forward_mean(self, input, filter, bias, out_channels, padding, dilation):
-        """(conv + bias, the mean of each of its channels (1, K) in float32), in one pass."""
+    def forward_mean(self, input, gate, filter, bias, out_channels, padding, dilation):
+        """(conv + bias, the mean of each of its channels (1, K) in float32), in one pass; with a
+        gate, C numbers in float32, conv of relu(gate input), which `takes_gate` must admit."""
         if bias is not None:
             bias = bias.float().contiguous()
         return _ops._winograd_forward_mean.default(
-            input, filter, bias, out_channels, self.tile, padding, dilation, self.mode
+            input, gate, filter, bias, out_channels, self.tile, padding, dilation, self.mode
+        )
+
+    def takes_gate(self, input):
+        return self.gives_mean(input) and input.dtype == torch.float32
+
+    def takes_lstm(self, input, channels):
+        """Whether `conv_lstm` takes this input and so many channels of the state."""
+        return (
+            self.backend == "cpu"
+            and not self.winograd_relu
+            and input.dtype == torch.float32
+            and backends.is_channels_last(input)
+            and input.shape[1] % 16 == channels % 16 == 0
+        )
+
+    def conv_lstm(self, input, hidden, cell, filter, bias, channels):
+        """(h', c') of a convolutional LSTM whose gates are conv([input, h]) + bias."""
+        states = (
+            state if state is None else state.contiguous(memory_format=torch.channels_last)
+            for state in (hidden, cell)
+        )
+        if bias is not None:
+            bias = bias.contiguous()
+        return _ops._winograd_conv_lstm.default(
+            input, *states, filter, bias, channels, self.tile, self.mode
         )
 
     def weight_gradient(self, grad, input, padding, dilation):

@@ -606,9 +606,16 @@ def _native_forward_fake(
     return _empty(output_size(input, out_channels, padding, dilation), input)
 
 
-def _native_forward_mean_fake(input, filter, bias, out_channels, tile, padding, dilation, fast):
+def _native_forward_mean_fake(
+    input, gate, filter, bias, out_channels, tile, padding, dilation, fast
+):
     output = _empty(output_size(input, out_channels, padding, dilation), input)
     return output, input.new_empty(output.shape[:2], dtype=torch.float32)
+
+
+def _native_conv_lstm_fake(input, hidden, cell, filter, bias, channels, tile, fast):
+    size = (input.shape[0], channels, *input.shape[2:])
+    return _empty(size, input), _empty(size, input)
 
 
 def _native_backward_weight_fake(grad, input, tile, padding, dilation, spatial, winograd_relu):
@@ -638,10 +645,16 @@ define(
     _native_forward_fake,
 )
 define(
-    "_winograd_forward_mean(Tensor input, Tensor filter, Tensor? bias, int out_channels, int tile, "
-    f"{_GEOMETRY}, bool fast) -> (Tensor, Tensor)",
+    "_winograd_forward_mean(Tensor input, Tensor? gate, Tensor filter, Tensor? bias, "
+    f"int out_channels, int tile, {_GEOMETRY}, bool fast) -> (Tensor, Tensor)",
     None,
     _native_forward_mean_fake,
+)
+define(
+    "_winograd_conv_lstm(Tensor input, Tensor? hidden, Tensor? cell, Tensor filter, Tensor? bias, "
+    "int channels, int tile, bool fast) -> (Tensor, Tensor)",
+    None,
+    _native_conv_lstm_fake,
 )
 define(
     "_winograd_backward_weight(Tensor grad, Tensor input, int tile, "

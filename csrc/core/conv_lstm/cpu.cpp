@@ -2,6 +2,7 @@
 // The LSTM cell, compiled once per instruction set: one pass over the tensors, a vector of the four gates at a time.
 // In channels_last the lanes are channels, else pixels of one channel; only the distances between numbers differ.
 #include "../common/simd.h"
+#include "cell.h"
 #include "conv_lstm.h"
 
 namespace pywino::conv_lstm {
@@ -11,44 +12,6 @@ namespace {
 constexpr int64_t kBlock = 8 * 1024;
 // Larger states are written past the caches: smaller ones are in the second-level cache when they are read next.
 constexpr int64_t kStreamBytes = int64_t(4) << 20;
-
-typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
-
-// --- functions --------------------------------------------------------------------------------------------------------
-// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial of degree 7 (coefficients of the Cephes library),
-// to about one unit in the last place. Beyond the clamps the result is as good as 0 or infinity for what is made of it;
-// NaN stays NaN.
-PYWINO_INLINE vec exponential(vec x) {
-  const vec low = zero() - 87.33654f, high = zero() + 88.02f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const vec t = x * 1.44269504f;
-  const ivec n = __builtin_convertvector(t + (t < zero() ? zero() - 0.5f : zero() + 0.5f), ivec);
-  const vec whole = __builtin_convertvector(n, vec);
-  // ln 2 in two parts, the first of few bits: whole * 0.693359375 is exact.
-  const vec r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
-  vec p = zero() + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * (r * r) + r + 1.f) * (vec)((n + 127) << 23);
-}
-
-PYWINO_INLINE vec sigmoid(vec x) { return 1.f / (1.f + exponential(-x)); }
-
-// tanh x = 1 - 2 / (e^2x + 1), which cancels near 0: there an odd polynomial (Cephes).
-PYWINO_INLINE vec hyperbolic_tangent(vec x) {
-  const vec z = x * x;
-  vec p = zero() - 5.70498872745e-3f;
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const vec near = p * z * x + x, far = 1.f - 2.f / (exponential(x + x) + 1.f);
-  return z < 0.390625f ? near : far;
-}
 
 template <typename T>
 PYWINO_INLINE vec load_lanes(const T* p, int lanes) {
@@ -61,17 +24,12 @@ PYWINO_INLINE void store_lanes(T* p, vec v, int lanes) {
 }
 
 // --- the cell ---------------------------------------------------------------------------------------------------------
-// i, f, g, o at one place; `apart` is the distance between the gates.
-struct Gates {
-  vec i, f, g, o;
-
-  template <typename T>
-  PYWINO_INLINE Gates(const T* gates, int64_t apart, int lanes)
-      : i(sigmoid(load_lanes(gates, lanes))),
-        f(sigmoid(load_lanes(gates + apart, lanes))),
-        g(hyperbolic_tangent(load_lanes(gates + 2 * apart, lanes))),
-        o(sigmoid(load_lanes(gates + 3 * apart, lanes))) {}
-};
+// `apart` is the distance between the gates.
+template <typename T>
+PYWINO_INLINE Gates load_gates(const T* gates, int64_t apart, int lanes) {
+  return Gates(load_lanes(gates, lanes), load_lanes(gates + apart, lanes),
+               load_lanes(gates + 2 * apart, lanes), load_lanes(gates + 3 * apart, lanes));
+}
 
 template <typename T>
 struct Forward {
@@ -80,9 +38,8 @@ struct Forward {
   bool past_caches;
 
   PYWINO_INLINE void operator()(int64_t gate, int64_t apart, int64_t at, int lanes) const {
-    const Gates a(gates + gate, apart, lanes);
-    const vec c = (cell ? a.f * load_lanes(cell + at, lanes) : zero()) + a.i * a.g;
-    const vec h = a.o * hyperbolic_tangent(c);
+    const Gates a = load_gates(gates + gate, apart, lanes);
+    const vec c = a.next_cell(cell ? load_lanes(cell + at, lanes) : zero()), h = a.hidden(c);
     if (sizeof(T) == 4 && past_caches && lanes == kLanes) {
       stream(reinterpret_cast<float*>(next_cell + at), c);
       stream(reinterpret_cast<float*>(hidden + at), h);
@@ -99,9 +56,9 @@ struct Backward {
   T *grad_gates, *grad_cell;
 
   PYWINO_INLINE void operator()(int64_t gate, int64_t apart, int64_t at, int lanes) const {
-    const Gates a(gates + gate, apart, lanes);
+    const Gates a = load_gates(gates + gate, apart, lanes);
     const vec c = cell ? load_lanes(cell + at, lanes) : zero();
-    const vec t = hyperbolic_tangent(a.f * c + a.i * a.g), dh = load_lanes(grad_hidden + at, lanes);
+    const vec t = hyperbolic_tangent(a.next_cell(c)), dh = load_lanes(grad_hidden + at, lanes);
     const vec e = load_lanes(grad_next_cell + at, lanes) + dh * a.o * (1.f - t * t);
     T* out = grad_gates + gate;
     store_lanes(out, e * a.g * a.i * (1.f - a.i), lanes);

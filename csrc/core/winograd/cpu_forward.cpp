@@ -19,6 +19,7 @@
 #include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "../conv_lstm/cell.h"
 #include "stages.h"
 #include "tiles.h"
 #include "transforms.h"
@@ -28,11 +29,67 @@ namespace pywino::winograd {
 namespace {
 
 // --- the convolution ----------------------------------------------------------------------------------------------------------
+// Of tiles [t0, t1) to the gates of a convolutional LSTM: [tile][vector of outputs][M * M pixels][lanes].
+template <int M, typename T>
+void gate_stage(const Job<T>& job, int t0, int t1, int64_t channel, int vectors, const float* m,
+                float* gates) {
+  const int64_t all = job.geometry.out_channels / kLanes, first = channel / kLanes;
+  for (int t = t0; t < t1; ++t)
+    for (int n = 0; n < vectors; ++n) {
+      const vec bias = job.params.bias ? load(job.params.bias + channel + n * kLanes) : zero();
+      float* out = gates + (t * all + first + n) * M * M * kLanes;
+      transform_product<M>(m + ((t - t0) * vectors + n) * kLanes, job.stride_m, M,
+                           [&](int i, vec* y) __attribute__((always_inline)) {
+                             PYWINO_UNROLL for (int j = 0; j < M; ++j)
+                                 store(out + (i * M + j) * kLanes, y[j] + bias);
+                           });
+    }
+}
+
+// The chunk's next states from its gates, while these are in the second-level cache.
+template <int M, typename T>
+void cell_stage(const Job<T>& job, int64_t begin, int tiles, const float* gates) {
+  const Geometry& g = job.geometry;
+  const LstmState& state = *job.params.lstm;
+  const int64_t C = g.out_channels / 4, apart = C * M * M;
+  for (int t = 0; t < tiles;) {
+    const Piece piece = job.grid.piece(begin + t, tiles - t);
+    const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
+    for (int s = 0; s < piece.count; ++s, ++t) {
+      const int64_t x0 = piece.x + piece.offset(s);
+      const int columns = outputs_inside(x0, job.out_w, g.dil_w, M);
+      for (int64_t c = 0; c < C; c += kLanes)
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < columns; ++j) {
+            const float* a = gates + (t * 4 * C + c) * M * M + (i * M + j) * kLanes;
+            const int64_t y = piece.y + i * g.dil_h, x = x0 + j * g.dil_w,
+                          at = ((piece.image * job.out_h + y) * job.out_w + x) * C + c;
+            const conv_lstm::Gates gate(load(a), load(a + apart), load(a + 2 * apart),
+                                        load(a + 3 * apart));
+            const vec next = gate.next_cell(state.cell ? load(state.cell + at) : zero()),
+                      hidden = gate.hidden(next);
+            if (job.stream) {
+              stream(state.next_cell + at, next);
+              stream(state.hidden + at, hidden);
+            } else {
+              store(state.next_cell + at, next);
+              store(state.hidden + at, hidden);
+            }
+          }
+    }
+  }
+}
+
+// Where a chunk's outputs go beside the tensor: to the sums of their channels, or to the gates instead of it.
+struct Epilogue {
+  float *sums, *gates;
+};
+
 // Panel p of the product and of the output, for groups [g0, g1) of the chunk.
 template <int M, typename T, typename E>
 void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
                  int64_t panel, const E* v, float* m, Prefetch<M, T>& ahead,
-                 float* sums = nullptr) {
+                 const Epilogue& epilogue) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
   const int64_t depth = Depth<E>::floats(job.geometry.input.c), K = job.geometry.out_channels,
                 channel = panel * kPanel;
@@ -48,7 +105,10 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
                                 m + xi * job.stride_m + (start - t0) * vectors * kLanes,
                                 ahead.next());
     }
-  output_stage<M>(job, first, t0, t1, channel, vectors, m, sums);
+  if (epilogue.gates)
+    gate_stage<M>(job, t0, t1, channel, vectors, m, epilogue.gates);
+  else
+    output_stage<M>(job, first, t0, t1, channel, vectors, m, epilogue.sums);
 }
 
 // How the tiles are cut and who works on them.
@@ -57,17 +117,20 @@ struct Plan {
   bool joint;
 };
 
-Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t element) {
+Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t element,
+               bool lstm) {
   const int64_t a2 = int64_t(g.tile + 2) * (g.tile + 2),
                 filter_bytes = a2 * g.input.c * g.out_channels * element;
   const int64_t tile_bytes = a2 * (round_up<int64_t>(g.input.c, kLanes) * element +
-                                   min<int64_t>(kPanel, g.out_channels) * 4);
+                                   min<int64_t>(kPanel, g.out_channels) * 4) +
+                             (lstm ? g.tile * g.tile * g.out_channels * 4 : 0);
   const int64_t most = max<int64_t>(1, kScratchPerThread / tile_bytes);
   Plan p;
   // Each thread reads the whole filter once per chunk: with a filter beyond the second-level cache a chunk of four register
   // blocks instead of two halves that. Fewer tiles than that, and reading the filter is what counts.
-  p.chunk = int(min<int64_t>(most, (filter_bytes > (int64_t(1) << 20) ? 4 : 2) * rows));
-  p.joint = filter_bytes > (int64_t(1) << 20) && tiles < int64_t(threads) * 2 * rows;
+  const bool large = filter_bytes > (int64_t(1) << 20) && !lstm;
+  p.chunk = int(min<int64_t>(most, (large ? 4 : 2) * rows));
+  p.joint = large && tiles < int64_t(threads) * 2 * rows;
   if (p.joint) {
     // The threads share V, but each has an M of the whole chunk.
     const int64_t m_bytes = a2 * min<int64_t>(kPanel, g.out_channels) * 4;
@@ -93,7 +156,7 @@ struct Run {
   int64_t first = 0;
   int tiles = 0, splits = 1;
   E* shared_v = nullptr;
-  int64_t v_bytes = 0, m_bytes = 0;
+  int64_t v_bytes = 0, m_bytes = 0, gates_bytes = 0;
 
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 
@@ -106,8 +169,11 @@ struct Run {
   static void private_body(void* arg) {
     Run& run = *static_cast<Run*>(arg);
     const Job<T>& job = run.job;
-    E* v = static_cast<E*>(scratch(run.v_bytes + run.m_bytes, ScratchSlot::own));
+    E* v = static_cast<E*>(scratch(run.v_bytes + run.m_bytes + run.gates_bytes, ScratchSlot::own));
     float* m = reinterpret_cast<float*>(reinterpret_cast<char*>(v) + run.v_bytes);
+    float* gates = run.gates_bytes
+                       ? reinterpret_cast<float*>(reinterpret_cast<char*>(m) + run.m_bytes)
+                       : nullptr;
     if (!v) {
       run.failed = true;
       return;
@@ -126,11 +192,12 @@ struct Run {
       const int tiles = int(end - begin);
       const Groups groups(tiles, job.rows);
       const int64_t K = job.geometry.out_channels;
-      float* sums = run.sums ? run.sums + chunk * K : nullptr;
-      if (sums) __builtin_memset(sums, 0, K * sizeof(float));
+      const Epilogue epilogue{run.sums ? run.sums + chunk * K : nullptr, gates};
+      if (epilogue.sums) __builtin_memset(epilogue.sums, 0, K * sizeof(float));
       input_stage<M>(job, begin, 0, tiles, groups, 0, job.blocks, v);
       for (int64_t panel = 0; panel < run.panels; ++panel)
-        panel_stage<M>(job, begin, groups, 0, groups.count, panel, v, m, ahead, sums);
+        panel_stage<M>(job, begin, groups, 0, groups.count, panel, v, m, ahead, epilogue);
+      if (gates) cell_stage<M>(job, begin, tiles, gates);
     }
   }
 
@@ -162,7 +229,8 @@ struct Run {
     for (int64_t task = run.take(); task < run.panels * splits; task = run.take()) {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
-      panel_stage<M>(run.job, run.first, groups, g0, g1, task / splits, run.shared_v, m, nothing);
+      panel_stage<M>(run.job, run.first, groups, g0, g1, task / splits, run.shared_v, m, nothing,
+                     Epilogue{});
     }
   }
 
@@ -190,9 +258,16 @@ template <int M, typename T, typename E>
 Status forward_as(const ForwardParams& params, const Executor& executor) {
   const Geometry& g = params.geometry;
   constexpr int64_t A2 = Transform<M>::A * Transform<M>::A;
+  Source<T> first = input_source<T>(g, params.input);
+  first.channels -= params.second_channels;
+  first.gate = params.gate;
+  Source<T> second = first;
+  second.data = static_cast<const T*>(params.second);
+  second.channels = params.second_channels;
+  second.gate = params.gate ? params.gate + first.channels : nullptr;
   Job<T> job{params,
              g,
-             input_source<T>(g, params.input),
+             {first, second},
              Grid(g),
              g.out_h(),
              g.out_w(),
@@ -204,7 +279,7 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
              false};
   if (job.grid.tiles == 0 || g.out_channels == 0) return Status::ok;
   job.rows = g.out_channels > kLanes ? kRows2 : kRows1;
-  Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E));
+  Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E), params.lstm);
   plan.joint = plan.joint && !params.mean;
   const int64_t panels = ceil_div<int64_t>(g.out_channels, kPanel);
   int64_t chunks = ceil_div<int64_t>(job.grid.tiles, plan.chunk);
@@ -215,17 +290,23 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   job.stride_v = padded_stride<E>(chunk * job.lines * Depth<E>::kLine);
   job.stride_m =
       padded_stride(chunk * min<int64_t>(kPanel, round_up<int64_t>(g.out_channels, kLanes)));
-  const int64_t output_bytes =
-      g.input.n * g.out_channels * job.out_h * job.out_w * int64_t(sizeof(T));
+  // Each of the two states has a quarter of the gates' channels.
+  const int64_t channels = params.lstm ? g.out_channels / 4 : g.out_channels;
+  const int64_t output_bytes = g.input.n * channels * job.out_h * job.out_w * int64_t(sizeof(T));
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % (4 * kLanes) == 0;
+  };
   // Lines that the next layer would find evicted anyway; each is written whole, if pixels (or rows of a plane) start aligned.
   job.stream = sizeof(T) == 4 && output_bytes > kStreamBytes &&
-               reinterpret_cast<uintptr_t>(params.output) % (4 * kLanes) == 0 &&
-               (g.channels_last ? g.out_channels : job.out_h * job.out_w) % kLanes == 0;
+               (params.lstm ? aligned(params.lstm->hidden) && aligned(params.lstm->next_cell)
+                            : aligned(params.output)) &&
+               (g.channels_last ? channels : job.out_h * job.out_w) % kLanes == 0;
   Run<M, T, E> run{job, executor, panels, chunks};
   run.prefetch =
       g.input.n * g.input.c * g.input.h * g.input.w * int64_t(sizeof(T)) > kPrefetchBytes;
   run.v_bytes = A2 * job.stride_v * int64_t(sizeof(E));
   run.m_bytes = A2 * job.stride_m * 4;
+  run.gates_bytes = params.lstm ? chunk * M * M * g.out_channels * 4 : 0;
   if (panels < 4 * executor.threads)
     run.splits = int(ceil_div<int64_t>(4 * executor.threads, panels));
   if (!params.mean) return run(plan);

@@ -175,7 +175,7 @@ struct Lists {
       float* to = v + slabs.start(slab) * C * kLanes + (t - slabs.start(slab) * kLanes);
       for (int64_t b = block0; b < block1; ++b) {
         transform_tiles<InputPatch<M>>(
-            job.source, job.grid, first, t, t + count, b, b + 1,
+            job.sources[0], job.grid, first, t, t + count, b, b + 1,
             [&](int tile, int64_t)
                 __attribute__((always_inline)) { return int64_t(tile - t) * kLanes; },
             job.params.winograd_relu, stage, pitch);
@@ -369,7 +369,7 @@ Status forward_format(const ForwardParams& params, const Filter& filter, int64_t
   const Geometry& g = params.geometry;
   Job<T> job{params,
              g,
-             input_source<T>(g, params.input),
+             {input_source<T>(g, params.input)},
              Grid(g),
              g.out_h(),
              g.out_w(),

@@ -12,6 +12,7 @@ namespace {
 // V = B^T d B, patches of a x a inputs.
 template <int M>
 struct InputPatch {
+  static constexpr bool kGated = true;
   static constexpr int kSize = Transform<M>::A, kOut = Transform<M>::A;
   PYWINO_INLINE static void apply(const vec* d, vec* o) { Transform<M>::input(d, o); }
 };
@@ -19,6 +20,7 @@ struct InputPatch {
 // D = A dY A^T, patches of m x m output gradients.
 template <int M>
 struct GradientPatch {
+  static constexpr bool kGated = false;
   static constexpr int kSize = M, kOut = Transform<M>::A;
   PYWINO_INLINE static void apply(const vec* d, vec* o) { Transform<M>::output_transposed(d, o); }
 };
@@ -29,6 +31,7 @@ struct Source {
   const T* data;
   int64_t channels, height, width, pad_h, pad_w, dil_h, dil_w;
   bool channels_last;
+  const float* gate = nullptr;  // in channels_last: read relu(gate * data)
 
   int64_t blocks() const { return ceil_div<int64_t>(channels, kLanes); }
 };
@@ -86,7 +89,7 @@ PYWINO_INLINE void transform_patch(const Load& load_at, bool relu_after, E* v, i
   }
 }
 
-template <typename Patch, typename T, typename Place, typename E>
+template <typename Patch, bool Gated, typename T, typename Place, typename E>
 void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                            const Place& place, bool relu_after, E* v, int64_t stride) {
   constexpr int P = Patch::kSize;
@@ -95,6 +98,11 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
   const bool rows_inside = y0 >= 0 && y0 + (P - 1) * src.dil_h < src.height;
   const T* image = src.data + piece.image * src.height * src.width * C;
   const int64_t whole = min(block1, C / kLanes);
+  const auto gate_of = [&](int64_t b, int lanes) __attribute__((always_inline)) {
+    return Gated ? load_part(src.gate + b * kLanes, 0, lanes) : zero();
+  };
+  const auto gated = [](vec x, vec gate)
+                         __attribute__((always_inline)) { return Gated ? relu(x * gate) : x; };
   for (int s = 0; s < piece.count; ++s) {
     const int64_t x0 = piece.x + piece.offset(s) - src.pad_w;
     const T* patch = image + (y0 * src.width + x0) * C;
@@ -102,17 +110,20 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
     if (rows_inside && x0 >= 0 && x0 + (P - 1) * src.dil_w < src.width) {
       for (int64_t b = block0; b < whole; ++b) {
         const T* p = patch + b * kLanes;
+        const vec gate = gate_of(b, kLanes);
         transform_patch<Patch>(
-            [&](int i, int j)
-                __attribute__((always_inline)) { return load(p + i * row + j * column); },
+            [&](int i, int j) __attribute__((always_inline)) {
+              return gated(load(p + i * row + j * column), gate);
+            },
             relu_after, v + place(tile, b), stride);
       }
       if (whole < block1) {
         const T* p = patch + whole * kLanes;
         const int lanes = int(C - whole * kLanes);
+        const vec gate = gate_of(whole, lanes);
         transform_patch<Patch>(
             [&](int i, int j) __attribute__((always_inline)) {
-              return load_part(p + i * row + j * column, 0, lanes);
+              return gated(load_part(p + i * row + j * column, 0, lanes), gate);
             },
             relu_after, v + place(tile, whole), stride);
       }
@@ -127,17 +138,19 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
       for (int64_t b = block0; b < block1; ++b) {
         const T* p = patch + b * kLanes;
         const int lanes = int(min<int64_t>(kLanes, C - b * kLanes));
+        const vec gate = gate_of(b, lanes);
         if (lanes == kLanes)
           transform_patch<Patch>(
               [&](int i, int j) __attribute__((always_inline)) {
-                return load_if(p + i * row + j * column, rows[i] & columns[j]);
+                return gated(load_if(p + i * row + j * column, rows[i] & columns[j]), gate);
               },
               relu_after, v + place(tile, b), stride);
         else
           transform_patch<Patch>(
               [&](int i, int j) __attribute__((always_inline)) {
-                return rows[i] & columns[j] ? load_part(p + i * row + j * column, 0, lanes)
-                                            : zero();
+                return rows[i] & columns[j]
+                           ? gated(load_part(p + i * row + j * column, 0, lanes), gate)
+                           : zero();
               },
               relu_after, v + place(tile, b), stride);
       }
@@ -223,14 +236,18 @@ template <typename Patch, typename T, typename Place, typename E>
 void transform_tiles(const Source<T>& src, const Grid& grid, int64_t first, int t0, int t1,
                      int64_t block0, int64_t block1, const Place& place, bool relu_after, E* v,
                      int64_t stride) {
+  constexpr bool kGated = Patch::kGated && sizeof(T) == 4;
   for (int t = t0; t < t1;) {
     Piece piece =
         src.channels_last ? grid.piece(first + t, t1 - t) : grid.strip_piece(first + t, t1 - t);
     piece.local = t;
-    if (src.channels_last)
-      patches_channels_last<Patch>(src, piece, block0, block1, place, relu_after, v, stride);
-    else
+    if (!src.channels_last)
       patches_planes<Patch>(src, piece, block0, block1, place, relu_after, v, stride);
+    else if (kGated && src.gate)
+      patches_channels_last<Patch, kGated>(src, piece, block0, block1, place, relu_after, v,
+                                           stride);
+    else
+      patches_channels_last<Patch, false>(src, piece, block0, block1, place, relu_after, v, stride);
     t += piece.count;
   }
 }

@@ -22,7 +22,7 @@ template <typename T>
 struct Job {
   const ForwardParams& params;
   const Geometry& geometry;
-  Source<T> source;
+  Source<T> sources[2];  // the second's channels come behind the first's; mostly it has none
   Grid grid;
   int64_t out_h, out_w, stride_v, stride_m;
   int64_t blocks;  // vectors of input channels
@@ -47,11 +47,18 @@ PYWINO_INLINE int64_t v_offset(const Job<T>& job, const Groups& groups, int tile
 template <int M, typename T, typename E>
 void input_stage(const Job<T>& job, int64_t first, int t0, int t1, const Groups& groups,
                  int64_t block0, int64_t block1, E* v) {
-  transform_tiles<InputPatch<M>>(
-      job.source, job.grid, first, t0, t1, block0, block1,
-      [&](int tile, int64_t block)
-          __attribute__((always_inline)) { return v_offset<E>(job, groups, tile, block); },
-      job.params.winograd_relu, v, job.stride_v);
+  int64_t before = 0;  // vectors of channels of the sources before
+  for (const Source<T>& source : job.sources) {
+    const int64_t b0 = max<int64_t>(block0 - before, 0), b1 = min(block1 - before, source.blocks());
+    if (b0 < b1)
+      transform_tiles<InputPatch<M>>(
+          source, job.grid, first, t0, t1, b0, b1,
+          [&](int tile, int64_t block) __attribute__((always_inline)) {
+            return v_offset<E>(job, groups, tile, before + block);
+          },
+          job.params.winograd_relu, v, job.stride_v);
+    before += source.blocks();
+  }
 }
 
 // --- prefetch -----------------------------------------------------------------------------------------------------------
@@ -69,8 +76,10 @@ class Prefetch {
     int64_t slots = 0;
     for (int64_t t = first; t < end;) {
       piece_ = job.piece(t, end - t);
-      row();
-      slots += A * slots_;
+      for (i_ = 0; i_ < kRows; i_ += A) {
+        row();
+        slots += A * slots_;
+      }
       t += piece_.count;
     }
     ahead_.rate = int(ceil_div(slots, calls * quarters_));
@@ -87,7 +96,7 @@ class Prefetch {
   }
 
  private:
-  static constexpr int A = Transform<M>::A;
+  static constexpr int A = Transform<M>::A, kRows = 2 * A;
 
   void open() {
     if (tile_ >= end_) {
@@ -104,9 +113,9 @@ class Prefetch {
   // To the next row of the patches that lies inside the input.
   void advance() {
     const Geometry& g = job_->geometry;
-    for (++i_; i_ < A; ++i_) {
-      const int64_t y = piece_.y - g.pad_h + i_ * g.dil_h;
-      if (y >= 0 && y < g.input.h) return row();
+    for (++i_; i_ < kRows; ++i_) {
+      const int64_t y = piece_.y - g.pad_h + i_ % A * g.dil_h;
+      if (y >= 0 && y < g.input.h && job_->sources[i_ / A].channels) return row();
     }
     open();
   }
@@ -114,11 +123,12 @@ class Prefetch {
   // A slot is a cache line of a row of pixels, or the row of one plane.
   void row() {
     const Geometry& g = job_->geometry;
-    const int64_t C = g.input.c, y = max<int64_t>(0, piece_.y - g.pad_h + i_ * g.dil_h);
+    const Source<T>& source = job_->sources[i_ / A];
+    const int64_t C = source.channels, y = max<int64_t>(0, piece_.y - g.pad_h + i_ % A * g.dil_h);
     const int64_t x0 = max<int64_t>(0, piece_.x - g.pad_w),
                   span = piece_.offset(piece_.count - 1) + (A - 1) * g.dil_w + 1,
                   columns = max<int64_t>(0, min(span, g.input.w - x0));
-    const T* input = static_cast<const T*>(job_->params.input);
+    const T* input = source.data;
     int64_t bytes;
     if (!g.channels_last) {
       input += (piece_.image * C * g.input.h + y) * g.input.w + x0;
@@ -135,7 +145,7 @@ class Prefetch {
   int64_t tile_ = 0, end_ = 0;
   int64_t quarters_ = 0,
           slots_ = 0;  // fours of channels in a register block; slots left in the row
-  int i_ = 0;          // row of the patches
+  int i_ = 0;          // row of the patches: those of the first source, then the second's
   Piece piece_{};
   Ahead ahead_ = kNothing;
 };

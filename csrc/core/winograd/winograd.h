@@ -33,6 +33,12 @@ struct Geometry {
   int64_t out_w() const { return input.w + 2 * pad_w - 2 * dil_w; }
 };
 
+// The state of a convolutional LSTM (core/conv_lstm), channels_last.
+struct LstmState {
+  const float* cell;  // or nullptr: zeros
+  float *hidden, *next_cell;
+};
+
 struct ForwardParams {
   Geometry geometry;
   const void* input;
@@ -44,8 +50,14 @@ struct ForwardParams {
   bool winograd_relu;    // on B^T d B (Liu et al., ICLR 2018)
   bool fast;             // products of bfloat16, summed in fp32; the filter must be packed so
   const int32_t* sparse_filter = nullptr;  // from sparse_filter: instead of `filter`
-  float* mean =
-      nullptr;  // K floats: of each channel of the output; one image in channels_last, no sparse filter
+
+  // Of fp32 tensors in channels_last and dense filters:
+  float* mean = nullptr;         // K floats: of each channel of the output, of one image; any dtype
+  const float* gate = nullptr;   // C floats: the input is relu(gate * input)
+  const void* second = nullptr;  // the input's last channels, where they are a tensor of their own;
+  int64_t second_channels = 0;   // these and those before them are a multiple of 16
+  const LstmState* lstm = nullptr;  // in the output's place: its gates i, f, g, o are the K = 4 C'
+                                    // outputs, C' a multiple of 16
 };
 
 // How a sparse filter is packed (sparse.h): without each zero, or without the vectors of output channels that are zero.
