@@ -256,6 +256,25 @@ def test_sapnet_compiles_whole_and_pickles():
         torch.testing.assert_close(pickle.loads(pickle.dumps(model))(y), expected)
 
 
+@pytest.mark.parametrize("hooked", ["res_conv3", "res_conv2.3", "conv"])
+def test_sapnet_overwrites_nothing_that_a_hook_keeps(hooked):
+    torch.manual_seed(0)
+    model = sapnet(stages=3).eval()
+    y, kept = torch.rand(1, 3, 33, 29), []
+
+    def keep(module, arguments, output):
+        kept.append((arguments[0], arguments[0].clone(), output, output.clone()))
+
+    with torch.no_grad():
+        expected = model(y)
+        model.get_submodule(hooked).register_forward_hook(keep)
+        torch.testing.assert_close(model(y), expected, rtol=1e-5, atol=1e-6)
+    assert kept or hooked == "conv"  # its layer is called, not the Sequential around it
+    for input, before, output, then in kept:
+        assert torch.equal(input, before)
+        assert torch.equal(output, then)
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_sapnet_trains(restored):
     """Every parameter gets a gradient, in-place ReLUs included."""

@@ -54,10 +54,11 @@ Tensor empty_gate(const Tensor& input) {
   return empty_cpu({input.size(0), input.size(1)}, ScalarType::Float, false);
 }
 
-// known: z, where something else has summed the input.
+// known: z, where something else has summed the input. The output is a new tensor, or the input itself.
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::optional<Tensor>& known,
-                                           const Tensor& w1, const std::optional<Tensor>& b1,
-                                           const Tensor& w2, const std::optional<Tensor>& b2,
+                                           bool in_place, const Tensor& w1,
+                                           const std::optional<Tensor>& b1, const Tensor& w2,
+                                           const std::optional<Tensor>& b2,
                                            const std::optional<Tensor>& w3,
                                            const std::optional<Tensor>& residual, bool relu,
                                            bool residual_relu, const char* op) {
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::optio
     STD_TORCH_CHECK(known->scalar_type() == ScalarType::Float && known->is_contiguous() &&
                         known->numel() == p.shape.n * p.shape.c,
                     op, ": mean must be contiguous float32 numbers, one a channel and image");
-  Tensor output = empty_as(input), mean = known ? *known : empty_gate(input),
+  Tensor output = in_place ? input : empty_as(input), mean = known ? *known : empty_gate(input),
          gate = empty_gate(input);
   p.layers = weights.layers;
   p.knows_mean = known.has_value();
@@ -88,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_forward(
     const Tensor& input, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
     const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
     const std::optional<Tensor>& residual, bool relu, bool residual_relu) {
-  return forward(input, std::nullopt, w1, b1, w2, b2, w3, residual, relu, residual_relu,
+  return forward(input, std::nullopt, false, w1, b1, w2, b2, w3, residual, relu, residual_relu,
                  "pywino::_channel_attention_forward");
 }
 
@@ -97,8 +98,17 @@ Tensor channel_attention_apply(const Tensor& input, const Tensor& mean, const Te
                                const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
                                const std::optional<Tensor>& residual, bool relu,
                                bool residual_relu) {
-  return std::get<0>(forward(input, mean, w1, b1, w2, b2, w3, residual, relu, residual_relu,
+  return std::get<0>(forward(input, mean, false, w1, b1, w2, b2, w3, residual, relu, residual_relu,
                              "pywino::_channel_attention_apply"));
+}
+
+void channel_attention_apply_(Tensor input, const Tensor& mean, const Tensor& w1,
+                              const std::optional<Tensor>& b1, const Tensor& w2,
+                              const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
+                              const std::optional<Tensor>& residual, bool relu,
+                              bool residual_relu) {
+  forward(input, mean, true, w1, b1, w2, b2, w3, residual, relu, residual_relu,
+          "pywino::_channel_attention_apply_");
 }
 
 std::tuple<Tensor, Tensor> channel_attention_backward(const Tensor& grad, const Tensor& input,
@@ -135,5 +145,6 @@ std::tuple<Tensor, Tensor> channel_attention_backward(const Tensor& grad, const 
 STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_channel_attention_forward", TORCH_BOX(&pywino::channel_attention_forward));
   m.impl("_channel_attention_apply", TORCH_BOX(&pywino::channel_attention_apply));
+  m.impl("_channel_attention_apply_", TORCH_BOX(&pywino::channel_attention_apply_));
   m.impl("_channel_attention_backward", TORCH_BOX(&pywino::channel_attention_backward));
 }

@@ -107,11 +107,24 @@ Tensor to_float(const Tensor& t) {
       t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
+// What few callers ask for.
+struct Extras {
+  std::optional<Tensor> output;  // to be written; else a new one is
+  const float* gate = nullptr;   // ForwardParams::gate and ::mean
+  float* mean = nullptr;
+};
+
+bool has_size(const Tensor& t, const std::array<int64_t, 4>& size) {
+  for (int d = 0; d < 4; ++d)
+    if (t.size(d) != size[d]) return false;
+  return true;
+}
+
 Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
                torch::headeronly::IntHeaderOnlyArrayRef padding,
                torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu, bool winograd_relu,
-               bool fast, const float* gate, float* mean, const char* op) {
+               bool fast, const Extras& extras, const char* op) {
   winograd::ForwardParams p;
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
@@ -128,8 +141,14 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels), op,
                   ": bias must be ", out_channels, " numbers");
   const std::optional<Tensor> bias32 = bias ? std::optional(to_float(*bias)) : std::nullopt;
-  Tensor output = empty_cpu({g.input.n, out_channels, g.out_h(), g.out_w()}, input.scalar_type(),
-                            g.channels_last);
+  const std::array<int64_t, 4> size = {g.input.n, out_channels, g.out_h(), g.out_w()};
+  STD_TORCH_CHECK(!extras.output || (extras.output->scalar_type() == input.scalar_type() &&
+                                     extras.output->dim() == 4 && has_size(*extras.output, size) &&
+                                     is_channels_last(*extras.output) == g.channels_last &&
+                                     (g.channels_last || extras.output->is_contiguous())),
+                  op, ": output must have the output's size and input's dtype and layout");
+  Tensor output =
+      extras.output ? *extras.output : empty_cpu(size, input.scalar_type(), g.channels_last);
   if (residual) {
     STD_TORCH_CHECK(residual->scalar_type() == input.scalar_type() && residual->dim() == 4, op,
                     ": residual must be like the output");
@@ -147,8 +166,8 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
   p.relu = relu;
   p.winograd_relu = winograd_relu;
   p.fast = fast;
-  p.gate = gate;
-  p.mean = mean;
+  p.gate = extras.gate;
+  p.mean = extras.mean;
   check_fast(fast, filter.numel(), op);
   check_status(winograd::forward(p, torch_threads()), op);
   return output;
@@ -161,17 +180,18 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
                         torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu,
                         bool winograd_relu, bool fast) {
   return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu,
-                 winograd_relu, fast, nullptr, nullptr, "pywino::_winograd_forward");
+                 winograd_relu, fast, {}, "pywino::_winograd_forward");
 }
 
 // The same of one image, and the means of the output's channels, which take no pass of their own. With a gate the input is
 // relu(gate * input).
-std::tuple<Tensor, Tensor> winograd_forward_mean(
-    const Tensor& input, const std::optional<Tensor>& gate, const Tensor& filter,
-    const std::optional<Tensor>& bias, int64_t out_channels, int64_t tile,
-    torch::headeronly::IntHeaderOnlyArrayRef padding,
-    torch::headeronly::IntHeaderOnlyArrayRef dilation, bool fast) {
-  constexpr const char* op = "pywino::_winograd_forward_mean";
+std::tuple<Tensor, Tensor> forward_mean(const std::optional<Tensor>& output, const Tensor& input,
+                                        const std::optional<Tensor>& gate, const Tensor& filter,
+                                        const std::optional<Tensor>& bias, int64_t out_channels,
+                                        int64_t tile,
+                                        torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                        torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                        bool fast, const char* op) {
   STD_TORCH_CHECK(input.dim() == 4 && input.size(0) == 1 && is_channels_last(input) &&
                       filter.scalar_type() == ScalarType::Float && out_channels >= 1,
                   op, ": input must be one image in channels_last, and the filter dense");
@@ -180,11 +200,29 @@ std::tuple<Tensor, Tensor> winograd_forward_mean(
                             gate->numel() == input.size(1)),
                   op, ": gate must be a number for each channel, of an input in float32");
   Tensor mean = empty_cpu({1, out_channels}, ScalarType::Float, false);
-  Tensor output =
-      forward(input, filter, bias, std::nullopt, out_channels, tile, padding, dilation, false,
-              false, fast, gate ? static_cast<const float*>(gate->const_data_ptr()) : nullptr,
-              static_cast<float*>(mean.mutable_data_ptr()), op);
-  return {output, mean};
+  const Extras extras{output, gate ? static_cast<const float*>(gate->const_data_ptr()) : nullptr,
+                      static_cast<float*>(mean.mutable_data_ptr())};
+  return {forward(input, filter, bias, std::nullopt, out_channels, tile, padding, dilation, false,
+                  false, fast, extras, op),
+          mean};
+}
+
+std::tuple<Tensor, Tensor> winograd_forward_mean(
+    const Tensor& input, const std::optional<Tensor>& gate, const Tensor& filter,
+    const std::optional<Tensor>& bias, int64_t out_channels, int64_t tile,
+    torch::headeronly::IntHeaderOnlyArrayRef padding,
+    torch::headeronly::IntHeaderOnlyArrayRef dilation, bool fast) {
+  return forward_mean(std::nullopt, input, gate, filter, bias, out_channels, tile, padding,
+                      dilation, fast, "pywino::_winograd_forward_mean");
+}
+
+Tensor winograd_forward_mean_out(Tensor output, const Tensor& input,
+                                 const std::optional<Tensor>& gate, const Tensor& filter,
+                                 const std::optional<Tensor>& bias, int64_t out_channels,
+                                 int64_t tile, torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                 torch::headeronly::IntHeaderOnlyArrayRef dilation, bool fast) {
+  return std::get<1>(forward_mean(output, input, gate, filter, bias, out_channels, tile, padding,
+                                  dilation, fast, "pywino::_winograd_forward_mean_out"));
 }
 
 void check_state(const std::optional<Tensor>& state, const Tensor& input, int64_t channels,
@@ -330,6 +368,7 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_winograd_sparse_pack", TORCH_BOX(&pywino::winograd_sparse_pack));
   m.impl("_winograd_forward", TORCH_BOX(&pywino::winograd_forward));
   m.impl("_winograd_forward_mean", TORCH_BOX(&pywino::winograd_forward_mean));
+  m.impl("_winograd_forward_mean_out", TORCH_BOX(&pywino::winograd_forward_mean_out));
   m.impl("_winograd_conv_lstm", TORCH_BOX(&pywino::winograd_conv_lstm));
   m.impl("_winograd_backward_weight", TORCH_BOX(&pywino::winograd_backward_weight));
   m.impl("_winograd_domain_backward_input", TORCH_BOX(&pywino::winograd_domain_backward_input));

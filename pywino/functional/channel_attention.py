@@ -25,6 +25,7 @@ def channel_residual_attention(
     residual=None,
     residual_activation=None,
     mean=None,
+    inplace=False,
     backend="auto",
 ):
     """x g with the gate g = sigmoid(W2 relu(W1 z + b1) + W3 z + b2), z the mean of x over its
@@ -43,6 +44,8 @@ def channel_residual_attention(
         residual_activation: None or "relu", on the sum with the residual.
         mean: z, (N, C) in float32, where what made x has summed it (`WinogradConv2d.with_mean`):
             the CPU's kernel then reads x once less. Where a gradient is wanted it is made anew.
+        inplace: the result may be written over x, where a kernel can and no gradient is wanted; use
+            what is returned, and x no more.
         backend: "auto" | "cpu" | "aten" | "cuda" | "triton".
 
     Returns:
@@ -71,6 +74,7 @@ def channel_residual_attention(
             residual=None if residual is None else residual.unsqueeze(0),
             residual_activation=residual_activation,
             mean=mean,
+            inplace=inplace,
             backend=backend,
         ).squeeze(0)  # fmt: skip
 
@@ -88,7 +92,7 @@ def channel_residual_attention(
         and backends.can_run("cpu", ops.describe(input)) is None
     ):
         if mean is not None:
-            return ops.apply(input, mean, *arguments[1:])
+            return ops.apply(input, mean, *arguments[1:], inplace)
         return ops.native_forward(*arguments)[0]
     return torch.ops.pywino.channel_residual_attention.default(*arguments, backend)[0]
 

@@ -71,7 +71,7 @@ def _fused(input, hidden, cell, weight, bias, choice, cache):
         return None
     channels = len(weight) // 4
     tensors = (input, weight, bias, hidden, cell)
-    kernel = inference_kernel(tensors, (1, 1), (1, 1), choice)
+    kernel = inference_kernel(tensors, (1, 1), (1, 1), choice, cache is not None)
     if kernel is None or not kernel.takes_lstm(input, channels):
         return None
     filter = kernel.filter(weight) if cache is None else cache.filter(weight, kernel)

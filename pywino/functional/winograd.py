@@ -157,16 +157,17 @@ def run_conv2d(
     return route(input, weight, bias, residual, cache)
 
 
-def run_conv2d_mean(input, weight, bias, padding, dilation, choice, cache, gate=None):
+def run_conv2d_mean(input, weight, bias, padding, dilation, choice, cache, gate=None, out=None):
     """(conv2d, the means of its output's channels (1, K) in float32), the latter None where they
     would take another pass. With a gate, (N, C) in float32, conv2d of relu(gate input).
-    choice: (backend, algorithm, precision)."""
-    kernel = inference_kernel((input, weight, bias, gate), padding, dilation, choice)
+    choice: (backend, algorithm, precision). out: a tensor that may be written, of the output's
+    size, dtype and layout."""
+    kernel = inference_kernel((input, weight, bias, gate), padding, dilation, choice, True)
     if kernel is not None and kernel.gives_mean(input):
         if gate is not None and not kernel.takes_gate(input):
             input, gate = gated(input, gate), None
         filter = cache.filter(weight, kernel)
-        return kernel.forward_mean(input, gate, filter, bias, len(weight), padding, dilation)
+        return kernel.forward_mean(input, gate, filter, bias, len(weight), padding, dilation, out)
     if gate is not None:
         input = gated(input, gate)
     backend, algorithm, precision = choice
@@ -178,12 +179,12 @@ def gated(input, gate):
     return torch.relu(input * gate[:, :, None, None].to(input.dtype))
 
 
-def inference_kernel(tensors, padding, dilation, choice):
+def inference_kernel(tensors, padding, dilation, choice, cached):
     """The `Kernel` of an eager call on plain CPU tensors without gradients, for what only kernels
     fuse; None where there is another call or PyTorch's convolution was chosen.
 
     tensors: (input, weight, bias, ...), of which the input may have fewer channels than the
-    weight. choice: (backend, algorithm, precision)."""
+    weight. choice: (backend, algorithm, precision). cached: whether filters are kept."""
     input, weight = tensors[:2]
     backend, algorithm, precision = choice
     if (
@@ -199,7 +200,7 @@ def inference_kernel(tensors, padding, dilation, choice):
     ):
         return None
     call = planner.describe(
-        "winograd_conv2d", input, weight, padding, dilation, precision=precision, cached=True
+        "winograd_conv2d", input, weight, padding, dilation, precision=precision, cached=cached
     )._replace(c=weight.shape[1])
     if not backends.covers(call, algorithm):
         return None

@@ -15,8 +15,8 @@ Built on pywino's layers, a stage is computed as
 
     a = ReLU(conv0's x part of x + Y)     Y = conv0's y part of y, once for all stages
     h, c = conv_lstm_cell(a, (h, c))      one convolution for the four gates, the cell behind it
-    s = block(s)                          the first gate and ReLU where the second convolution reads,
-                                          the second with the ReLU and the sum behind it in one pass
+    s = block(s)                          the first gate where the second convolution reads, the
+                                          second in one pass with the ReLU and the sum behind it
     x = conv(s) + y                       the sum inside the convolution's kernel
 
 `pywino.restore_` puts PyTorch's layers there; then the equations above run as they stand.
@@ -36,7 +36,7 @@ from pywino.functional.winograd import run_conv2d
 from pywino.models.weights import load_weights, weights_metadata
 from pywino.nn.channel_attention import ChannelResidualAttention, GatePaths
 from pywino.nn.dilated_conv import DilatedConv2d
-from pywino.nn.winograd import WinogradConv2d
+from pywino.nn.winograd import WinogradConv2d, has_hooks
 
 _CHANNELS = 32
 _REDUCTION = 16
@@ -89,19 +89,23 @@ class _Block(nn.Sequential):
             layers.append(nn.ReLU(inplace=True))
         super().__init__(*layers)
 
-    def forward(self, s: Tensor) -> Tensor:
+    def forward(self, s: Tensor, spare: list[Tensor] | None = None) -> Tensor:
+        """spare: tensors like s that nobody reads any more, to be written and to be added to:
+        memory that has been written before costs no page faults."""
         if not isinstance(self[1], ChannelResidualAttention):
             # In place on the sum, which nobody else holds.
             return F.relu(super().forward(s) + s, inplace=True)
         conv1, gate1, _, conv2, gate2, _ = self
         if not isinstance(conv1, WinogradConv2d) or not isinstance(conv2, WinogradConv2d):
             return gate2(conv2(gate1(conv1(s), "relu")), "relu", s, "relu")
-        u, mean = conv1.with_mean(s)
+        u, mean = conv1.with_mean(s, out=spare.pop() if spare else None)
         if mean is None:
-            u, mean = conv2.with_mean(gate1(u, "relu"))
+            v, mean = conv2.with_mean(gate1(u, "relu"))
         else:
-            u, mean = conv2.with_mean(u, gate1.gate(mean))
-        return gate2(u, "relu", s, "relu", mean)
+            v, mean = conv2.with_mean(u, gate1.gate(mean), spare.pop() if spare else None)
+            if spare is not None:
+                spare.append(u)
+        return gate2(v, "relu", s, "relu", mean, inplace=True)
 
 
 class SAPNet(nn.Module):
@@ -152,14 +156,21 @@ class SAPNet(nn.Module):
             input = input.contiguous(memory_format=torch.channels_last)
         recurrence = self._fused_recurrence(input) if fused else self._recurrence(input)
         x, state, estimates = input, None, []
+        # A hook may keep what it sees.
+        alone = not torch.compiler.is_compiling() and not any(map(has_hooks, self.modules()))
+        spare: list[Tensor] | None = [] if fused and alone else None
         for _ in range(self.stages):
             state = recurrence(x, state)
             s = state[0]
             for block in (
                 self.res_conv1, self.res_conv2, self.res_conv3, self.res_conv4, self.res_conv5
             ):  # fmt: skip
-                s = block(s)
+                before, s = s, block(s, spare)
+                if spare and before is not state[0]:
+                    spare.append(before)
             x = self.conv[0](s, input) if fused else self.conv(s) + input
+            if spare:
+                spare.append(s)
             estimates.append(x)
         if fused and not last:
             estimates = [x.contiguous() for x in estimates]

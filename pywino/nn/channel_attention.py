@@ -77,12 +77,21 @@ class ChannelResidualAttention(ChannelAttention):
         rd_ratio, rd_channels, rd_divisor: timm's names for the rows of W1: C * rd_ratio rounded to
             a multiple of rd_divisor, or rd_channels itself; they go before `reduction`.
 
-    `forward(input, activation=None, residual=None, residual_activation=None, mean=None)` fuses what
-    comes after: a ReLU on x g, a tensor that is added to it, a ReLU on the sum. `mean` is z where
-    the layer before has made it (`WinogradConv2d.with_mean`). Parameter names are those of SAPNet's
-    published file."""
+    `forward(input, activation=None, residual=None, residual_activation=None, mean=None,
+    inplace=False)` fuses what comes after: a ReLU on x g, a tensor that is added to it, a ReLU on
+    the sum. `mean` is z where the layer before has made it (`WinogradConv2d.with_mean`); with
+    `inplace` the result may be written over x. Parameter names are those of SAPNet's published
+    file."""
 
-    def forward(self, input, activation=None, residual=None, residual_activation=None, mean=None):
+    def forward(
+        self,
+        input,
+        activation=None,
+        residual=None,
+        residual_activation=None,
+        mean=None,
+        inplace=False,
+    ):
         squeeze, expand, shortcut = self.layers()
         return channel_residual_attention(
             input,
@@ -95,6 +104,7 @@ class ChannelResidualAttention(ChannelAttention):
             residual=residual,
             residual_activation=residual_activation,
             mean=mean,
+            inplace=inplace,
         )
 
     def gate(self, mean):

@@ -129,7 +129,7 @@ class Cached:
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-def _has_hooks(layer):
+def has_hooks(layer):
     """Whether someone wants to know of calls of this layer."""
     return (
         layer._forward_hooks
@@ -304,20 +304,20 @@ class WinogradConv2d(Cached, nn.Conv2d):
             self.backend != "auto",
         )
 
-    def with_mean(self, input, gate=None):
+    def with_mean(self, input, gate=None, out=None):
         """(the layer's output, the means of its channels (1, K) in float32), without the pass over
         the output that these take alone; None in their place where that cannot be. For what is
         gated by them (`ChannelResidualAttention`).
 
         With `gate` (N, C) in float32, of relu(gate input), without the pass that this takes
-        alone."""
+        alone. `out`, a tensor like the output, may be written; use what is returned."""
         fits = self.fits_winograd_domain and self.activation is None and self.domain == "spatial"
-        if not fits or isinstance(self.padding, str) or _has_hooks(self):
+        if not fits or isinstance(self.padding, str) or has_hooks(self):
             return self(input if gate is None else gated(input, gate)), None
         choice = (self.backend, self.algorithm, self.precision)
         geometry = (self.padding, self.dilation)
         return run_conv2d_mean(
-            input, self.weight, self.bias, *geometry, choice, self._filters, gate
+            input, self.weight, self.bias, *geometry, choice, self._filters, gate, out
         )
 
     def extra_repr(self):

@@ -65,14 +65,18 @@ class Kernel(NamedTuple):
         """Whether `forward_mean` takes this input."""
         return self.backend == "cpu" and len(input) == 1 and backends.is_channels_last(input)
 
-    def forward_mean(self, input, gate, filter, bias, out_channels, padding, dilation):
+    def forward_mean(self, input, gate, filter, bias, out_channels, padding, dilation, out=None):
         """(conv + bias, the mean of each of its channels (1, K) in float32), in one pass; with a
-        gate, C numbers in float32, conv of relu(gate input), which `takes_gate` must admit."""
+        gate, C numbers in float32, conv of relu(gate input), which `takes_gate` must admit.
+        out: a tensor to write into."""
         if bias is not None:
             bias = bias.float().contiguous()
-        return _ops._winograd_forward_mean.default(
+        arguments = (
             input, gate, filter, bias, out_channels, self.tile, padding, dilation, self.mode
-        )
+        )  # fmt: skip
+        if out is not None:
+            return out, _ops._winograd_forward_mean_out.default(out, *arguments)
+        return _ops._winograd_forward_mean.default(*arguments)
 
     def takes_gate(self, input):
         return self.gives_mean(input) and input.dtype == torch.float32

@@ -82,12 +82,20 @@ def native_forward(
     return run(input, w1, b1, w2, b2, w3, residual, *relus)
 
 
-def apply(input, mean, w1, w2, w3, b1, b2, residual, activation, residual_activation):
+def apply(
+    input, mean, w1, w2, w3, b1, b2, residual, activation, residual_activation, in_place=False
+):
     """The CPU's kernel where the mean is known."""
+    format = _format(input)
     if residual is not None:
-        residual = residual.contiguous(memory_format=_format(input))
+        residual = residual.contiguous(memory_format=format)
+    input = input.contiguous(memory_format=format)
     relus = (activation == "relu", residual_activation == "relu")
-    return _ops._channel_attention_apply.default(input, mean, w1, b1, w2, b2, w3, residual, *relus)
+    arguments = (input, mean, w1, b1, w2, b2, w3, residual, *relus)
+    if in_place:
+        _ops._channel_attention_apply_.default(*arguments)
+        return input
+    return _ops._channel_attention_apply.default(*arguments)
 
 
 def _forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activation, backend):
@@ -243,6 +251,12 @@ define(
     "Tensor? b2, Tensor? w3, Tensor? residual, bool relu, bool residual_relu) -> Tensor",
     None,
     lambda input, *_: torch.empty_like(input, memory_format=_format(input)),
+)
+define(
+    "_channel_attention_apply_(Tensor(a!) input, Tensor mean, Tensor w1, Tensor? b1, Tensor w2, "
+    "Tensor? b2, Tensor? w3, Tensor? residual, bool relu, bool residual_relu) -> ()",
+    None,
+    lambda *_: None,
 )
 define(
     "_channel_attention_forward(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "

@@ -651,6 +651,12 @@ define(
     _native_forward_mean_fake,
 )
 define(
+    "_winograd_forward_mean_out(Tensor(a!) output, Tensor input, Tensor? gate, Tensor filter, "
+    f"Tensor? bias, int out_channels, int tile, {_GEOMETRY}, bool fast) -> Tensor",
+    None,
+    lambda output, *_: output.new_empty(output.shape[:2], dtype=torch.float32),
+)
+define(
     "_winograd_conv_lstm(Tensor input, Tensor? hidden, Tensor? cell, Tensor filter, Tensor? bias, "
     "int channels, int tile, bool fast) -> (Tensor, Tensor)",
     None,

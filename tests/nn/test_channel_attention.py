@@ -132,5 +132,10 @@ def test_a_mean_that_is_known_takes_the_place_of_the_pass(channels_last):
         torch.testing.assert_close(other, x / 2, rtol=1e-5, atol=1e-6)
         with pytest.raises(RuntimeError, match=r"mean must be \(2, 32\) in float32, got \(3, 32\)"):
             layer(x, mean=torch.zeros(3, 32))
+        mean, gate = x.mean((2, 3)), layer.gate(x.mean((2, 3)))
+        torch.testing.assert_close(layer(x), x * gate[:, :, None, None], rtol=1e-5, atol=1e-6)
+        over = x.clone(memory_format=torch.preserve_format)
+        assert layer(over, "relu", residual, "relu", mean, inplace=True) is over
+        torch.testing.assert_close(over, expected, rtol=1e-5, atol=1e-6)
     # Where gradients are wanted it is made anew.
     torch.testing.assert_close(layer(x, mean=torch.zeros(2, 32)), layer(x), rtol=1e-5, atol=1e-6)

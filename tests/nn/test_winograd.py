@@ -333,18 +333,32 @@ def test_with_mean_where_it_costs_no_pass():
         output, mean = layer.with_mean(image)
         assert torch.equal(output, layer(image))
         torch.testing.assert_close(mean, output.mean((2, 3)), rtol=1e-4, atol=1e-5)
+        out = torch.empty_like(output)
+        again, mean = layer.with_mean(image, out=out)
+        assert again is out
+        assert torch.equal(again, output)
+        gate = torch.rand(1, 16)
+        gated = torch.relu(image * gate[:, :, None, None])
+        actual, expected = layer.with_mean(image, gate), layer.with_mean(gated)
+        assert all(map(torch.equal, actual, expected))
         for other in (image.contiguous(), two, image.double()[0]):
             layer.to(other.dtype)
             output, mean = layer.with_mean(other)
             assert mean is None
             assert torch.equal(output, layer(other))
         layer.float()
+        gate = torch.rand(2, 16)
+        gated = torch.relu(two * gate[:, :, None, None])
+        assert torch.equal(layer.with_mean(two, gate)[0], layer(gated))
+        layer.float()
     assert layer.with_mean(image)[1] is None  # the weight gets a gradient
     calls = []
     layer.register_forward_hook(lambda *arguments: calls.append(arguments))
     with torch.no_grad():
         assert layer.with_mean(image)[1] is None
-    assert len(calls) == 1
+        gated = layer.with_mean(image, torch.zeros(1, 16))[0]
+        torch.testing.assert_close(gated, layer.bias[None, :, None, None].expand_as(gated))
+    assert len(calls) == 2
 
 
 # --- the drop-in ---

@@ -201,8 +201,10 @@ def step(shape=(2, 5, 9, 7), c=6, dtype=torch.float32, channels_last=False):
 @pytest.mark.parametrize("algorithm", ["auto", "f4"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_cell_is_its_reference(algorithm, channels_last, with_state):
-    made = [t.requires_grad_() for t in step(channels_last=channels_last)]
+@pytest.mark.parametrize(("inputs", "c"), [(5, 6), (16, 32)])  # the latter in one kernel
+def test_cell_is_its_reference(inputs, c, algorithm, channels_last, with_state):
+    made = step((2, inputs, 9, 7), c, channels_last=channels_last)
+    made = [t.requires_grad_() for t in made]
 
     def run(function, *tensors):
         x, h, c, weight, bias = tensors

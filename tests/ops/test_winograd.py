@@ -300,7 +300,11 @@ def test_means_of_the_output_beside_it(isa, tile, k, size, dilation, dtype):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            output, mean = ops._winograd_forward_mean(x, filter, bias, *where, False)
+            output, mean = ops._winograd_forward_mean(x, None, filter, bias, *where, False)
+            assert torch.equal(output, expected)
+            output.zero_()
+            arguments = (output, x, None, filter, bias, *where, False)
+            assert torch.equal(ops._winograd_forward_mean_out(*arguments), mean)
             assert torch.equal(output, expected)
             assert mean.shape == (1, k)
             # Before the output is rounded: half a unit of its type, and sums of 2000 in float32.
@@ -316,7 +320,103 @@ def test_means_are_of_one_image_in_channels_last():
     filter = ops._winograd_filter(torch.randn(4, 4, 3, 3), 4, False, False)
     for x in (torch.randn(1, 4, 6, 6), torch.randn(2, 4, 6, 6)):
         with pytest.raises(RuntimeError, match="one image in channels_last"):
-            ops._winograd_forward_mean(x, filter, None, 4, 4, (1, 1), (1, 1), False)
+            ops._winograd_forward_mean(x, None, filter, None, 4, 4, (1, 1), (1, 1), False)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("c", "size", "dilation"), [(21, (9, 14), 1), (40, (61, 47), 2), (16, (5, 6), 8)]
+)
+@pytest.mark.parametrize("tile", TILES)
+def test_gate_on_the_input(isa, tile, c, size, dilation):
+    """It is relu(gate x) that is convolved, zeros around it, also where vectors are not full."""
+    x = torch.randn(1, c, *size).contiguous(memory_format=torch.channels_last)
+    gate = torch.rand(1, c) + 0.5
+    filter = ops._winograd_filter(torch.randn(24, c, 3, 3) / 17, tile, False, False)
+    where = (24, tile, (dilation, dilation), (dilation, dilation))
+    gated = torch.relu(x * gate[:, :, None, None])
+    expected = ops._winograd_forward_mean(gated, None, filter, None, *where, False)
+    actual = ops._winograd_forward_mean(x, gate, filter, None, *where, False)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    with pytest.raises(RuntimeError, match="gate must be a number for each channel"):
+        ops._winograd_forward_mean(x, gate[:, 1:], filter, None, *where, False)
+
+
+@pytest.mark.native
+def test_an_output_to_write_into_must_fit():
+    x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    filter = ops._winograd_filter(torch.randn(4, 4, 3, 3), 4, False, False)
+    for output in (torch.empty(1, 4, 6, 6), x[:, :3], x.double(), x[:, :, 1:]):
+        with pytest.raises(RuntimeError, match="output must have the output's size"):
+            ops._winograd_forward_mean_out(
+                output, x, None, filter, None, 4, 4, (1, 1), (1, 1), False
+            )
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize(
+    ("n", "c", "channels", "size"),
+    [(2, 16, 32, (9, 14)), (1, 48, 16, (2, 1)), (1, 32, 32, (61, 47)), (1, 16, 256, (7, 30))],
+)
+@pytest.mark.parametrize("tile", TILES)
+def test_conv_lstm(isa, tile, n, c, channels, size, with_state):
+    """The step that never writes its gates is the convolution and the cell, one by one."""
+    format = torch.channels_last
+    x = torch.randn(n, c, *size).contiguous(memory_format=format)
+    hidden, cell = (
+        torch.randn(n, channels, *size).contiguous(memory_format=format) for _ in range(2)
+    )
+    state = (hidden, cell) if with_state else (None, None)
+    whole = torch.cat((x, hidden), 1) if with_state else x
+    weight, bias = torch.randn(4 * channels, whole.shape[1], 3, 3) / 17, torch.randn(4 * channels)
+    filter = ops._winograd_filter(weight, tile, False, False)
+    for b in (bias, None):
+        gates = ops._winograd_forward(
+            whole, filter, b, None, 4 * channels, tile, (1, 1), (1, 1), False, False, False
+        )
+        expected = ops._conv_lstm_forward(gates, state[1])
+        actual = ops._winograd_conv_lstm(x, *state, filter, b, channels, tile, False)
+        for a, e in zip(actual, expected, strict=True):
+            assert backends.is_channels_last(a)
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.native
+def test_conv_lstm_past_the_caches_by_any_number_of_threads():
+    x, hidden, cell = (
+        torch.randn(1, 32, 190, 181).contiguous(memory_format=torch.channels_last) for _ in range(3)
+    )
+    filter = ops._winograd_filter(torch.randn(128, 64, 3, 3) / 24, 6, False, False)
+    arguments = (x, hidden, cell, filter, torch.randn(128), 32, 6, False)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ops._winograd_conv_lstm(*arguments)
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, one, ops._winograd_conv_lstm(*arguments)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.native
+def test_conv_lstm_keeps_memory_safe():
+    def like(c, h=5):
+        return torch.randn(1, c, h, 5).contiguous(memory_format=torch.channels_last)
+
+    filter = ops._winograd_filter(torch.randn(64, 32, 3, 3), 4, False, False)
+    bias = torch.randn(64)
+    good = {"x": like(16), "h": like(16), "c": like(16), "filter": filter, "bias": bias}
+    for word, change in {
+        "input must be": {"x": like(16).contiguous()},
+        "hidden must be": {"h": like(16, 6)},
+        "cell must be": {"c": like(32)},
+        "filter was packed": {"filter": filter[1:]},
+        "bias must be": {"bias": bias[1:]},
+    }.items():
+        with pytest.raises(RuntimeError, match=word):
+            ops._winograd_conv_lstm(*(good | change).values(), 16, 4, False)
 
 
 def scratch_of(run):
