@@ -61,7 +61,10 @@ constexpr const Accumulate* kAccumulate1 = Accumulates<1, 1, 2, 3, 4, 5, 6>::tab
 #endif
 
 constexpr int64_t kChannelBlock = 128;
-constexpr int64_t kPatchBytes = int64_t(512) << 10;  // V and D of a chunk of tiles
+// V and D of a chunk of tiles: half of the second-level cache. A chunk reads and writes the sums once, so where they do not fit
+// beside it, larger chunks cost less than they save.
+constexpr int64_t kPatchBytes = int64_t(512) << 10, kLargePatchBytes = int64_t(2) << 20,
+                  kLargeSums = int64_t(256) << 10;
 
 template <int M, typename T>
 struct WeightGradient {
@@ -92,11 +95,12 @@ struct WeightGradient {
     // Widest block: the first ones are the larger.
     ldv = ceil_div(input.blocks(), blocks_c) * kLanes;
     ldd = ceil_div(grad.blocks(), blocks_k) * kLanes;
-    chunk = max<int64_t>(4, kPatchBytes / (A2 * (ldv + ldd) * 4));
+    sum_floats = A2 * round_up<int64_t>(ldv, 16) * ldd;
+    const int64_t bytes = sum_floats * 4 > kLargeSums ? kLargePatchBytes : kPatchBytes;
+    chunk = max<int64_t>(4, bytes / (A2 * (ldv + ldd) * 4));
     chunk = min(chunk, ceil_div(grid.tiles, slices));
     stride_v = padded_stride(chunk * ldv);
     stride_d = padded_stride(chunk * ldd);
-    sum_floats = A2 * round_up<int64_t>(ldv, 16) * ldd;
   }
 
   // The sums of block (c, k) over the tiles of one slice, as [xi][group of c][panel of k][MR][panel's width].

@@ -397,15 +397,25 @@ struct FilterRun {
     const bool turn = p.rotate && p.spatial;
     alignas(64) float g[A * A][kLanes];
     const int lanes = int(min<int64_t>(kLanes, K - vector * kLanes));
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T* kernel =
-          static_cast<const T*>(p.weight) + (vector * kLanes + lane) * stride_k + c * stride_c;
-      for (int i = 0; i < size; ++i)
-        for (int j = 0; j < size; ++j)
-          g[i * size + j][lane] =
-              lane < lanes
-                  ? get(kernel + (turn ? 2 - i : i) * p.stride_h + (turn ? 2 - j : j) * p.stride_w)
-                  : 0.f;
+    const T* kernel = static_cast<const T*>(p.weight) + vector * kLanes * stride_k + c * stride_c;
+    if (p.stride_w == 1 && p.stride_h == size && lanes == kLanes) {
+      const int entries = size * size;
+      for (int e = 0; e < entries; e += kLanes) {
+        vec r[kLanes];
+        const int width = min(kLanes, entries - e);
+        PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
+            load_part(kernel + lane * stride_k + e, 0, width);
+        transpose(r);
+        for (int i = 0; i < width; ++i) store(g[turn ? entries - 1 - e - i : e + i], r[i]);
+      }
+    } else {
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int i = 0; i < size; ++i)
+          for (int j = 0; j < size; ++j) {
+            const int64_t at =
+                lane * stride_k + (turn ? 2 - i : i) * p.stride_h + (turn ? 2 - j : j) * p.stride_w;
+            g[i * size + j][lane] = lane < lanes ? get(kernel + at) : 0.f;
+          }
     }
     if (p.spatial) transform(g);
 #if defined(__AVX512BF16__)
