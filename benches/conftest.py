@@ -40,8 +40,8 @@ TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8
 _CHILD = os.environ.get("PYWINO_BENCH_CHILD")
 _RESTARTED = "PYWINO_BENCH_RESTARTED"
 
-_BUDGET_S = 2.0  # of measuring, a row
-_ROUNDS = (7, 60)
+_BUDGET_S = 1.0  # of measuring, a row
+_ROUNDS = (5, 60)
 _CLEAN = 3  # so many undisturbed samples make a median
 
 _rows: dict[str, dict] = {}  # table -> {"title": …, "rows": {name: row}}
