@@ -231,9 +231,18 @@ def _elementwise(call, algorithm):
 
 
 def _direct_cpu(call, algorithm):
-    reason = _no_cpu_library(call)
-    if reason is not None:
-        return reason
+    return _no_cpu_library(call) or _direct(call, algorithm)
+
+
+def _masked_triton(call, algorithm):
+    reason = _no_triton(call, "masked_conv") or _direct(call, algorithm)
+    if reason is None and call.n * call.h * call.w >= 2**31:
+        return "it counts pixels in 31 bits"
+    return reason
+
+
+def _direct(call, algorithm):
+    """What no kernel that convolves directly covers, any kernel size."""
     if algorithm not in ("auto", "direct"):
         return f"it is direct, not {algorithm}"
     if call.groups != 1:
@@ -265,3 +274,4 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)
 register("cpu", "masked_conv2d", _direct_cpu)
+register("triton", "masked_conv2d", _masked_triton)
