@@ -234,11 +234,29 @@ def _direct_cpu(call, algorithm):
     return _no_cpu_library(call) or _direct(call, algorithm)
 
 
-def _masked_triton(call, algorithm):
-    reason = _no_triton(call, "masked_conv") or _direct(call, algorithm)
-    if reason is None and call.n * call.h * call.w >= 2**31:
+def _sparse_triton(call, algorithm):
+    return _no_triton(call, "sparse_conv") or _sparse_gpu(call, algorithm)
+
+
+def _sparse_gpu(call, algorithm):
+    reason = _direct(call, algorithm)
+    if reason is None and call.n * math.prod(call.output_size) >= 2**31:
         return "it counts pixels in 31 bits"
     return reason
+
+
+def _masked_cuda(call, algorithm):
+    return _no_cuda_library(call) or _masked_gpu(call, algorithm)
+
+
+def _masked_triton(call, algorithm):
+    return _no_triton(call, "masked_conv") or _masked_gpu(call, algorithm)
+
+
+def _masked_gpu(call, algorithm):
+    if call.n * call.h * call.w >= 2**31:
+        return "it counts pixels in 31 bits"
+    return _direct(call, algorithm)
 
 
 def _direct(call, algorithm):
@@ -273,5 +291,7 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)
+register("triton", "sparse_conv2d", _sparse_triton)
 register("cpu", "masked_conv2d", _direct_cpu)
+register("cuda", "masked_conv2d", _masked_cuda)
 register("triton", "masked_conv2d", _masked_triton)

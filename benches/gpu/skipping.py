@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The convolutions that skip what is outside of a mask: each backend's kernel against PyTorch's
-dense convolution of the same tensors, for which nothing is masked. Dilation 1 in every layer."""
+"""The convolutions that skip, what is outside of a mask and what a pruned weight has no more: each
+backend's kernel against PyTorch's dense convolution of the same tensors, for which nothing is
+masked. Dilation 1 in every layer."""
 
 import torch
 from gpu import timing
@@ -11,35 +12,57 @@ from torch.nn import functional as F
 
 import pywino
 from pywino import backends
-from pywino.reference import masked_conv as masked_reference
 from pywino.testing import relative_l2
 
 LAYER_NAMES = ("sap-32x481x321-d1", "resnet-64x56-b32", "vgg-256x56-b32")
 SHAPES = {"masked clusters 25 %": clusters, "masked streaks 25 %": streaks}
-KINDS = tuple(SHAPES)
+DENSITIES = {"sparse blocks 75 %": 0.25, "sparse blocks 90 %": 0.1}  # zeros, and what is kept
+KINDS = (*SHAPES, *DENSITIES)
+BLOCK = (64, 32)  # output and input channels
 # Relative L2 error of fp32 sums; 16-bit outputs are rounded once beside that.
 LIMITS = {torch.float32: 1.5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
 def tensors(layer: Layer, kind: str, mode: str, layout: str, device: str):
-    """(x, weight, bias, mask), with another mask for each image."""
+    """(x, weight, bias), and with a mask, another for each image."""
     generator = torch.Generator().manual_seed(0)
+    x, w, b = layer.tensors(MODES[mode][0], LAYOUTS[layout], device=device)
+    if kind in DENSITIES:
+        return x, w * kept(layer, DENSITIES[kind], generator).to(w), b
     masks = [SHAPES[kind](layer.h, layer.w, 0.25, generator) for _ in range(layer.n)]
-    made = layer.tensors(MODES[mode][0], LAYOUTS[layout], device=device)
-    return *made, torch.stack(masks)[:, None].to(device)
+    return x, w, b, torch.stack(masks)[:, None].to(device)
+
+
+def kept(layer: Layer, density: float, generator) -> torch.Tensor:
+    """So many of the blocks of all taps, at least one: (k, c, 3, 3)."""
+    grid = [-(-size // block) for size, block in zip((layer.k, layer.c), BLOCK)]
+    scores = torch.rand(*grid, 3, 3, generator=generator)
+    count = max(1, round(density * scores.numel()))
+    blocks = scores <= scores.flatten().kthvalue(count).values
+    for axis, block in enumerate(BLOCK):
+        blocks = blocks.repeat_interleave(block, axis)
+    return blocks[: layer.k, : layer.c]
 
 
 def candidates(layer: Layer, kind: str, mode: str, layout: str, device: str) -> list[str]:
     """Backends with a kernel for the call."""
     sizes = (layer.n, layer.c, layer.h, layer.w, layer.k)
     last = layout == "channels_last"
-    call = backends.Call("masked_conv2d", *sizes, (1, 1), (1, 1), MODES[mode][0], last, device)
+    op = "sparse_conv2d" if kind in DENSITIES else "masked_conv2d"
+    call = backends.Call(op, *sizes, (1, 1), (1, 1), MODES[mode][0], last, device)
     return [name for name in backends.of_device(device) if backends.can_run(name, call) is None]
 
 
-def ours(backend: str):
-    """A function of `tensors(…)`."""
-    return lambda x, w, b, mask: pywino.masked_conv2d(x, mask, w, b, backend=backend)
+def ours(backend: str, arguments):
+    """(function, its tensors): a layer's weight is packed before."""
+    x, w, b, *masks = arguments
+    if masks:
+        return lambda x, w, b, m: pywino.masked_conv2d(x, m, w, b, backend=backend), arguments
+    conv = torch.nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1)
+    conv.weight, conv.bias = (torch.nn.Parameter(t, requires_grad=False) for t in (w, b))
+    layer = pywino.SparseConv2d.from_dense(conv)
+    layer.backend = backend
+    return layer, (x,)
 
 
 def dense(x, w, b, *_):
@@ -48,11 +71,17 @@ def dense(x, w, b, *_):
 
 def errors(kind: str, backend: str, arguments) -> tuple[float, float]:
     """Ours and PyTorch's, of the first and the last image."""
-    x, w, b, mask = arguments
-    x, mask = ends(x), ends(mask)
-    exact = masked_reference.masked_conv2d(x.double(), mask, w.double(), b.double())
-    between = dense(torch.where(mask, x, 0), w, b) * mask
-    return relative_l2(ours(backend)(x, w, b, mask), exact), relative_l2(between, exact)
+    x, w, b, *masks = arguments
+    first = [ends(x), w, b, *map(ends, masks)]
+    mask = first[3] if masks else 1
+
+    def between(dtype):
+        x, w, b = (t.to(dtype) for t in first[:3])
+        return dense(torch.where(mask, x, 0) if masks else x, w, b) * mask
+
+    exact = between(torch.float64)
+    function, own = ours(backend, first)
+    return relative_l2(function(*own), exact), relative_l2(between(x.dtype), exact)
 
 
 def measure(clock, layer, kind, mode, layout, backend, samples) -> dict:
@@ -63,5 +92,5 @@ def measure(clock, layer, kind, mode, layout, backend, samples) -> dict:
     found = {"error": error, "eager_error": theirs, "limit": limit, "wrong": not error <= limit}
     if found["wrong"]:
         return found
-    contenders = {"ours": (ours(backend), arguments), "dense": (dense, arguments)}
+    contenders = {"ours": ours(backend, arguments), "dense": (dense, arguments)}
     return {**found, "times": timing.compare(clock, contenders, samples)}

@@ -5,6 +5,7 @@ test_masked_conv_triton.py runs this file in a process of its own."""
 import pytest
 import torch
 
+import pywino
 from pywino import backends
 from pywino.kernels import masked_conv
 from pywino.ops import masked_conv as ops
@@ -157,3 +158,19 @@ def test_the_op_and_its_gradient_run_them(monkeypatch, last):
         torch.testing.assert_close(a.double().cpu(), e, rtol=1e-5, atol=1e-4)
     assert ran == [6, 5]  # forward, and the gradient by the input
     assert backends.is_channels_last(grads[0]) == last
+
+
+def test_the_layer_keeps_its_filter(monkeypatch):
+    runs = lambda call, algorithm: None  # noqa: E731
+    monkeypatch.setitem(backends._CHECKS, ("triton", "masked_conv2d"), runs)
+    layer = pywino.MaskedConv2d(6, 5, 3, backend="triton").to(DEVICE)
+    x, mask = tensor(2, 6, 9, 7), mask_of("random", 2, 9, 7)
+    packed, pack = [], ops.pack
+    monkeypatch.setattr(ops, "pack", lambda *a: packed.append(a[1]) or pack(*a))
+    with torch.no_grad():
+        for factor in (1, 2):
+            layer.weight *= factor
+            for _ in range(2):
+                y = layer(x, mask)
+                assert_close(y, exact(x, mask, layer.weight, layer.bias, (1, 1)), x)
+    assert packed == ["triton"] * 2
