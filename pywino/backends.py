@@ -234,13 +234,18 @@ def _direct_cpu(call, algorithm):
     return _no_cpu_library(call) or _direct(call, algorithm)
 
 
+def _sparse_cuda(call, algorithm):
+    return _no_cuda_library(call) or _sparse_gpu(call, algorithm)
+
+
 def _sparse_triton(call, algorithm):
     return _no_triton(call, "sparse_conv") or _sparse_gpu(call, algorithm)
 
 
 def _sparse_gpu(call, algorithm):
     reason = _direct(call, algorithm)
-    if reason is None and call.n * math.prod(call.output_size) >= 2**31:
+    pixels = call.n * max(call.h * call.w, math.prod(call.output_size))
+    if reason is None and pixels >= 2**31:
         return "it counts pixels in 31 bits"
     return reason
 
@@ -291,6 +296,7 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)
+register("cuda", "sparse_conv2d", _sparse_cuda)
 register("triton", "sparse_conv2d", _sparse_triton)
 register("cpu", "masked_conv2d", _direct_cpu)
 register("cuda", "masked_conv2d", _masked_cuda)

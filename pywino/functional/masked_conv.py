@@ -30,8 +30,8 @@ def masked_conv2d(input, mask, weight, bias=None, padding="same", dilation=1, *,
         bias: (K,) or None; outside the mask the output is 0, not the bias.
         padding: "same", or the numbers that mean the same.
         dilation: an integer or two.
-        backend: "auto" | "aten" | "cpu", "triton" (visit the mask's pixels, however many) |
-            "cuda". On a GPU "auto" is "aten": the host does not know how many pixels a mask has.
+        backend: "auto" | "aten" | "cpu", "cuda", "triton" (visit the mask's pixels, however many).
+            On a GPU "auto" is "aten": the host does not know how many pixels a mask has.
 
     Returns:
         (N, K, H, W) or (K, H, W) in input's dtype, channels_last iff the input is. NaN outside the

@@ -25,8 +25,8 @@ def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, 
             (or 128) output and 32 input channels of one tap.
         bias: (K,) or None.
         stride, padding, dilation: as in F.conv2d, padding="same" and "valid" included.
-        backend: "auto" | "aten" | "cpu", "triton" (skip the zeros, however few) | "cuda". On a GPU
-            "auto" is "aten": no GPU has measured the kernel yet.
+        backend: "auto" | "aten" | "cpu", "cuda", "triton" (skip the zeros, however few). On a GPU
+            "auto" is "aten": none has measured the kernels yet.
 
     Returns:
         (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff the input is.

@@ -109,10 +109,14 @@ def pixels_of(mask, count):
 
 
 def pack(weight, backend="cpu"):
-    """The weight for `_masked_forward`, or (K, height, width, C) for the kernels of a GPU."""
+    """The weight for `_masked_forward`, or (K, height, width, C) for the kernels of a GPU; for
+    "cuda" with zeros behind the channels, so that they are whole 16 bytes."""
     if backend == "cpu":
         return _ops._masked_pack.default(weight)
-    return weight.permute(0, 2, 3, 1).contiguous()
+    filter = weight.permute(0, 2, 3, 1)
+    if backend == "cuda":
+        filter = F.pad(filter, (0, -weight.shape[1] % (16 // weight.element_size())))
+    return filter.contiguous()
 
 
 def native_forward(input, list, place, filter, bias, out_channels, kernel_size, padding, dilation):
@@ -131,7 +135,8 @@ def gpu_forward(input, mask, filter, bias, padding, dilation, backend):
         bias = bias.float().contiguous()
     mask = mask.expand(len(input), -1, -1, -1).contiguous()
     strict = input.dtype == torch.float32 and not backends.allows_tf32(input)
-    return _triton().forward(_dense(input), mask, filter, bias, padding, dilation, strict)
+    forward = _ops._masked_cuda_forward.default if backend == "cuda" else _triton().forward
+    return forward(_dense(input), mask, filter, bias, padding, dilation, strict)
 
 
 def _triton():
@@ -285,7 +290,8 @@ autocast("masked_conv2d")
 autocast("masked_conv2d_backward_weight")
 
 
-# --- the native kernels: csrc/torch/masked_conv.cpp registers them on the CPU key ---
+# --- the native kernels: csrc/torch/masked_conv.cpp registers those without "cuda" in their name on
+# the CPU key, masked_conv_cuda.cpp the other ---
 
 
 def _pixels_fake(mask):
@@ -303,6 +309,10 @@ def _native_forward_fake(
     return _empty((input.shape[0], out_channels, *input.shape[2:]), input)
 
 
+def _cuda_forward_fake(input, mask, filter, bias, padding, dilation, strict):
+    return _empty((input.shape[0], filter.shape[0], *input.shape[2:]), input)
+
+
 define("_masked_pixels(Tensor mask) -> (Tensor, Tensor)", None, _pixels_fake)
 define("_masked_pack(Tensor weight) -> Tensor", None, _pack_fake)
 define(
@@ -310,4 +320,10 @@ define(
     "int out_channels, int[2] kernel_size, int[2] padding, int[2] dilation) -> Tensor",
     None,
     _native_forward_fake,
+)
+define(
+    "_masked_cuda_forward(Tensor input, Tensor mask, Tensor filter, Tensor? bias, "
+    "int[2] padding, int[2] dilation, bool strict) -> Tensor",
+    None,
+    _cuda_forward_fake,
 )

@@ -10,8 +10,8 @@
 What runs is chosen inside the kernels, on real tensors: PyTorch's dense convolution, or the kernel
 that skips zeros, where it was the faster one on this signature and density. The gradient of the
 weight is that of the dense weight: a zero of the weight has a gradient too, and
-`pywino.pruning.Pruner` masks it. On a GPU "auto" is PyTorch's convolution, and the kernel that
-skips blocks of zeros is the user's word: no GPU has measured it yet. An output is channels_last iff
+`pywino.pruning.Pruner` masks it. On a GPU "auto" is PyTorch's convolution, and the kernels that
+skip blocks of zeros are the user's word: none has measured them yet. An output is channels_last iff
 the op's input is.
 """
 
@@ -167,7 +167,16 @@ def gpu_forward(backend, input, filter, bias, out_channels, *where):
     if bias is not None:
         bias = bias.float().contiguous()
     strict = input.dtype == torch.float32 and not backends.allows_tf32(input)
-    return _triton().forward(_dense(input), *filter, bias, out_channels, *where, strict)
+    if backend == "triton":
+        return _triton().forward(_dense(input), *filter, bias, out_channels, *where, strict)
+    # Pixels that are whole 16 bytes, side by side, as the kernel reads them.
+    behind = -input.shape[1] % (16 // input.element_size())
+    pixels = F.pad(input, (0, 0, 0, 0, 0, behind)) if behind else input
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    if pixels.data_ptr() % 16:
+        pixels = pixels.clone()
+    output = _ops._sparse_cuda_forward.default(pixels, *filter, bias, out_channels, *where, strict)
+    return output.contiguous(memory_format=_format(input))
 
 
 def _triton():
@@ -353,7 +362,8 @@ for _name in ("", "_backward_input", "_backward_weight"):
     autocast("sparse_conv2d" + _name)
 
 
-# --- the native kernels: csrc/torch/sparse_conv.cpp registers them on the CPU key ---
+# --- the native kernels: csrc/torch/sparse_conv.cpp registers those without "cuda" in their name on
+# the CPU key, sparse_conv_cuda.cpp the other ---
 
 
 def _pack_fake(weight, rotate, blocks):
@@ -365,10 +375,25 @@ def _native_forward_fake(input, filter, bias, out_channels, kernel_size, stride,
     return _empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
+def _cuda_forward_fake(
+    input, values, entries, starts, bias, out_channels, kernel_size, stride, padding, dilation,
+    strict,
+):  # fmt: skip
+    weight = input.new_empty(()).expand(out_channels, input.shape[1], *kernel_size)
+    size = _output_size(input, weight, stride, padding, dilation)
+    return input.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
 define("_sparse_pack(Tensor weight, bool rotate, bool blocks) -> Tensor", None, _pack_fake)
 define(
     "_sparse_forward(Tensor input, Tensor filter, Tensor? bias, int out_channels, "
     f"int[2] kernel_size, {_GEOMETRY}) -> Tensor",
     None,
     _native_forward_fake,
+)
+define(
+    "_sparse_cuda_forward(Tensor input, Tensor values, Tensor entries, Tensor starts, "
+    f"Tensor? bias, int out_channels, int[2] kernel_size, {_GEOMETRY}, bool strict) -> Tensor",
+    None,
+    _cuda_forward_fake,
 )
