@@ -22,7 +22,8 @@ def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, 
             computed in float32), everything else goes to F.conv2d.
         weight: (K, C, height, width), any size; zeros are skipped one by one, or in blocks of 16
             output channels and one input channel with its whole kernel; on a GPU in blocks of 64
-            (or 128) output and 32 input channels of one tap.
+            (or 128) output and 32 input channels of one tap, or, by "cuda" in 16 bits, two of every
+            four input channels.
         bias: (K,) or None.
         stride, padding, dilation: as in F.conv2d, padding="same" and "valid" included.
         backend: "auto" | "aten" | "cpu", "cuda", "triton" (skip the zeros, however few). On a GPU

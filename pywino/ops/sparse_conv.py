@@ -127,7 +127,15 @@ class Blocks(NamedTuple):
 def pack(weight, pattern, rotate=False):
     """The weight without its zeros, for `run`."""
     if pattern in ("cuda", "triton"):
-        return pack_blocks(weight.flip(2, 3).transpose(0, 1) if rotate else weight)
+        weight = weight.flip(2, 3).transpose(0, 1) if rotate else weight
+        blocks = pack_blocks(weight)
+        if pattern == "cuda" and weight.element_size() == 2:
+            # Sparse tensor cores do twice as much: more than blocks where half of them are kept.
+            every = -(-len(weight) // blocks.values.shape[1]) * weight[0, 0].numel()
+            every *= -(-weight.shape[1] // GPU_CHANNELS)
+            if 2 * len(blocks.values) > every:
+                return pack_two_of_four(weight) or blocks
+        return blocks
     return _ops._sparse_pack.default(weight, rotate, pattern == "blocks")
 
 
@@ -144,6 +152,31 @@ def pack_blocks(weight):
     starts = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
     values = cut[group].flatten(1, 2)[keep].contiguous()
     return Blocks(values, keep.nonzero()[:, 1].int(), starts)
+
+
+class TwoOfFour(NamedTuple):
+    """A filter of which at most two of every four neighbouring input channels are not zero, for
+    sparse tensor cores (csrc/core/common/sparse_gemm.cuh). Steps are taps, and in them 64 input
+    channels each."""
+
+    values: Tensor  # (steps, K', 32): the two of each four; K' is K rounded up to 128
+    metadata: Tensor  # (steps, K' / 16, 32) int32: their places
+
+
+def pack_two_of_four(weight):
+    """The `TwoOfFour` of a weight, None where one of its fours has three numbers or four."""
+    fours = F.pad(weight.flatten(2), (0, 0, 0, -weight.shape[1] % 64, 0, -len(weight) % 128))
+    fours = fours.unflatten(1, (-1, 16, 4)).permute(4, 1, 0, 2, 3).flatten(0, 1)
+    kept = fours != 0
+    if (kept.sum(-1) > 2).any():
+        return None
+    places = kept.byte().sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
+    values = fours.gather(-1, places).flatten(2)
+    # 16 bits for every 16 channels, two a place. Word 4 g + 2 s + h: rows g and g + 8, channels
+    # 32 s + 16 h and on.
+    halves = places.unflatten(2, (2, 2, 4)).flatten(4) << 2 * torch.arange(8, device=places.device)
+    low, high = halves.sum(-1).unflatten(1, (-1, 2, 8)).unbind(2)
+    return TwoOfFour(values, (low | high << 16).flatten(2).int())
 
 
 def _cut(weight, group):
@@ -175,7 +208,11 @@ def gpu_forward(backend, input, filter, bias, out_channels, *where):
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     if pixels.data_ptr() % 16:
         pixels = pixels.clone()
-    output = _ops._sparse_cuda_forward.default(pixels, *filter, bias, out_channels, *where, strict)
+    arguments = (pixels, *filter, bias, out_channels, *where)
+    if isinstance(filter, TwoOfFour):
+        output = _ops._sparse_cuda_two_of_four.default(*arguments)
+    else:
+        output = _ops._sparse_cuda_forward.default(*arguments, strict)
     return output.contiguous(memory_format=_format(input))
 
 
@@ -375,13 +412,16 @@ def _native_forward_fake(input, filter, bias, out_channels, kernel_size, stride,
     return _empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
-def _cuda_forward_fake(
-    input, values, entries, starts, bias, out_channels, kernel_size, stride, padding, dilation,
-    strict,
-):  # fmt: skip
+def _two_of_four_fake(
+    input, values, metadata, bias, out_channels, kernel_size, stride, padding, dilation
+):
     weight = input.new_empty(()).expand(out_channels, input.shape[1], *kernel_size)
     size = _output_size(input, weight, stride, padding, dilation)
     return input.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
+def _cuda_forward_fake(input, values, entries, starts, *arguments):
+    return _two_of_four_fake(input, values, entries, *arguments[:-1])
 
 
 define("_sparse_pack(Tensor weight, bool rotate, bool blocks) -> Tensor", None, _pack_fake)
@@ -396,4 +436,10 @@ define(
     f"Tensor? bias, int out_channels, int[2] kernel_size, {_GEOMETRY}, bool strict) -> Tensor",
     None,
     _cuda_forward_fake,
+)
+define(
+    "_sparse_cuda_two_of_four(Tensor input, Tensor values, Tensor metadata, Tensor? bias, "
+    f"int out_channels, int[2] kernel_size, {_GEOMETRY}) -> Tensor",
+    None,
+    _two_of_four_fake,
 )

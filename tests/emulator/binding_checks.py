@@ -236,7 +236,7 @@ def check_sparse(dtype, bound, last, c):
     x, weight, bias = torch.randn(2, c, 9, 7).to(dtype), torch.randn(70, c, 3, 3), torch.randn(70)
     x = x.contiguous(memory_format=channels_last) if last else x
     weight = (weight / (9 * c) ** 0.5).to(dtype)
-    weight[:64, :, 1] = 0
+    weight[:64, :, :2] = 0
     filter, where = sparse_ops.pack(weight, "cuda"), ((3, 3), (1, 2), (1, 1), (1, 1))
     y = sparse_ops.run("cuda", x, filter, bias, 70, *where)
     expected = torch.conv2d(x.double(), weight.double(), bias.double(), *where[1:])
@@ -251,7 +251,19 @@ def check_sparse(dtype, bound, last, c):
         refuses("input must be channels_last", forward, x.contiguous(), *given[1:])
         refuses("multiple of 16 bytes", forward, x[:, :15].contiguous(memory_format=channels_last),
                 *given[1:])  # fmt: skip
-        refuses("packed for another weight", forward, *given[:5], 200, *given[6:])
+        refuses("packed for another weight", forward, *given[:4], None, 200, *given[6:])
+    weight[:, ::2] = 0
+    filter = sparse_ops.pack(weight, "cuda")
+    assert isinstance(filter, sparse_ops.TwoOfFour) == (dtype != torch.float32)
+    y = sparse_ops.run("cuda", x, filter, bias, 70, *where)
+    expected = torch.conv2d(x.double(), weight.double(), bias.double(), *where[1:])
+    assert error(y, expected) <= bound, (dtype, error(y, expected))
+    assert (y.dtype, y.is_contiguous()) == (dtype, not last)
+    if last and c == 16 and dtype != torch.float32:
+        given, forward = (x, *filter, bias, 70, *where), ops._sparse_cuda_two_of_four
+        torch.library.opcheck(forward.default, given, test_utils=tests)
+        refuses("packed for another weight", forward, *given[:3], None, 200, *given[5:])
+        refuses("must be float16 or bfloat16", forward, x.float(), *given[1:])
 
 
 for last in (True, False):

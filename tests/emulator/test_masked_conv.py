@@ -42,7 +42,8 @@ CASES = [
     Case(mask="streaks", c=20, k=13, last=False, dtype="f32"),  # rows are gathered, C' = C
     Case(c=19, k=70, dtype="bf16"),  # C' = 24: gathered from channels_last
     Case(n=1, c=72, h=13, w=15, k=136, mask="full", last=False),  # blocks of pixels, k and depth
-    Case(n=1, c=36, h=17, w=25, k=8, mask="full", dtype="tf32"),  # more blocks than run at once
+    Case(n=1, c=36, k=8, dtype="tf32"),
+    Case(n=1, c=8, h=17, w=25, k=8, mask="full", dtype="f32"),  # more blocks than run at once
     Case(kernel=(5, 2), dilation=(1, 3), c=8, k=5, dtype="f32", bias=False),
     Case(kernel=(1, 1), c=8, h=1, w=1, n=5, k=3),
 ]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA block-sparse convolution, run by the emulator, against float64."""
+"""The CUDA convolutions without blocks of zeros and of 2:4 weights, run by the emulator, against
+float64."""
 
 import functools
 from ctypes import c_bool, c_int, c_int64
@@ -63,13 +64,46 @@ def encoded(x, dtype):
 
 def check_forward(kernel, case, **how):
     random = np.random.default_rng(case.k)
-    x, numbers = encoded(random.standard_normal((case.n, case.h, case.w, case.c)), case.dtype)
     blocks = random.random((-(-case.k // case.group), -(-case.c // 32), *case.kernel))
     kept = (blocks < case.density).repeat(case.group, 0).repeat(32, 1)[: case.k, : case.c]
     weight = random.standard_normal(kept.shape) * kept / (9 * case.c) ** 0.5
     weight = encoded(weight, case.dtype)[1]
     values, entries, starts = (t.numpy() for t in ops.pack_blocks(weight))
     assert values.shape[1] == case.group
+    fields = {
+        "group": c_int(values.shape[1]),
+        "strict": c_bool(case.dtype == "f32"),
+        "input": None,
+        "values": In(encoded(values, case.dtype)[0]),
+        "entries": In(entries),
+        "starts": In(starts),
+    }
+    launch(kernel, "pywino_sparse_conv_forward", case, weight, fields, **how)
+
+
+def check_two_of_four(kernel, case, **how):
+    random = np.random.default_rng(case.k)
+    weight = random.standard_normal((case.k, case.c, *case.kernel)) / (9 * case.c) ** 0.5
+    fours = np.pad(weight, ((0, 0), (0, -case.c % 4), (0, 0), (0, 0)))
+    fours = fours.reshape(case.k, -1, 4, *case.kernel)
+    kept = random.permuted(np.broadcast_to(np.arange(4)[:, None, None], fours.shape), axis=2) < 2
+    kept[:, 0] = False  # none of four, and one
+    kept[:, -1, 1:] = False
+    weight = (fours * kept).reshape(case.k, -1, *case.kernel)[:, : case.c]
+    weight = encoded(weight, case.dtype)[1]
+    values, metadata = (t.numpy() for t in ops.pack_two_of_four(weight))
+    fields = {
+        "input": None,
+        "values": In(encoded(values, case.dtype)[0]),
+        "metadata": In(metadata),
+    }
+    launch(kernel, "pywino_sparse_conv_two_of_four", case, weight, fields, **how)
+
+
+def launch(kernel, launcher, case, weight, fields, **how):
+    """Launches a kernel with its own fields of the struct, and looks at the output."""
+    random = np.random.default_rng(case.c)
+    x, numbers = encoded(random.standard_normal((case.n, case.h, case.w, case.c)), case.dtype)
     bias = random.standard_normal(case.k).astype(np.float32)
 
     where = (case.stride, case.padding, case.dilation)
@@ -87,16 +121,12 @@ def check_forward(kernel, case, **how):
         **{f"where{i}": c_int64(s) for i, s in enumerate(s for pair in where for s in pair)},
         "last": c_bool(True),
         "dtype": c_int(DTYPES[case.dtype.removeprefix("t")]),
-        "group": c_int(values.shape[1]),
-        "strict": c_bool(case.dtype == "f32"),
+        **fields,
         "input": In(x),
-        "values": In(encoded(values, case.dtype)[0]),
-        "entries": In(entries),
-        "starts": In(starts),
         "bias": In(bias) if case.bias else None,
         "output": Out(y),
     }
-    kernel.call("pywino_sparse_conv_forward", Struct(fields), None, **how)
+    kernel.call(launcher, Struct(fields), None, **how)
     assert np.linalg.norm(decode(y) - exact) <= BOUND[case.dtype] * np.linalg.norm(exact)
 
 
@@ -106,9 +136,35 @@ def test_forward(emulate, run, case):
     check_forward(emulate(SOURCE, mode), case, schedule=schedule)
 
 
+TWO_OF_FOUR = [
+    Case(),
+    Case(n=1, c=136, h=7, w=19, k=140, dtype="bf16"),  # several blocks of channels and pixels
+    Case(k=13, c=24, kernel=(5, 2), stride=(1, 3), padding=(2, 1), dilation=(2, 1), bias=False),
+]
+
+
+@pytest.mark.parametrize("case", TWO_OF_FOUR, ids=str)
+def test_two_of_four(emulate, run, case):
+    mode, schedule = run
+    check_two_of_four(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+def test_what_is_not_two_of_four():
+    weight = torch.ones(4, 8, 1, 1)
+    weight[:, ::2] = 0
+    assert ops.pack_two_of_four(weight) is not None
+    weight[3, 6] = 1
+    assert ops.pack_two_of_four(weight) is None
+
+
 MUTATE = [
     Recipe(
         CSRC / "core" / "sparse_conv" / "cuda.cu",
         [functools.partial(check_forward, case=case) for case in CASES],
-    )
+    ),
+    Recipe(
+        CSRC / "core" / "sparse_conv" / "cuda_two_of_four.cu",
+        [functools.partial(check_two_of_four, case=case) for case in TWO_OF_FOUR],
+        headers=[CSRC / "core" / "common" / "sparse_gemm.cuh"],
+    ),
 ]

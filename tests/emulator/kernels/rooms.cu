@@ -4,6 +4,7 @@
 #include "core/conv_lstm/cuda.cu"
 #include "core/masked_conv/cuda.cu"
 #include "core/sparse_conv/cuda.cu"
+#include "core/sparse_conv/cuda_two_of_four.cu"
 #include "core/winograd/cuda.cpp"
 #include "core/winograd/cuda_direct.cu"
 #include "core/winograd/cuda_gradients.cu"
