@@ -17,7 +17,8 @@ from pywino.testing import relative_l2
 LAYER_NAMES = ("sap-32x481x321-d1", "resnet-64x56-b32", "vgg-256x56-b32")
 SHAPES = {"masked clusters 25 %": clusters, "masked streaks 25 %": streaks}
 DENSITIES = {"sparse blocks 75 %": 0.25, "sparse blocks 90 %": 0.1}  # zeros, and what is kept
-KINDS = (*SHAPES, *DENSITIES)
+TWO_OF_FOUR = "sparse 2:4"
+KINDS = (*SHAPES, *DENSITIES, TWO_OF_FOUR)
 BLOCK = (64, 32)  # output and input channels
 # Relative L2 error of fp32 sums; 16-bit outputs are rounded once beside that.
 LIMITS = {torch.float32: 1.5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
@@ -27,6 +28,10 @@ def tensors(layer: Layer, kind: str, mode: str, layout: str, device: str):
     """(x, weight, bias), and with a mask, another for each image."""
     generator = torch.Generator().manual_seed(0)
     x, w, b = layer.tensors(MODES[mode][0], LAYOUTS[layout], device=device)
+    if kind == TWO_OF_FOUR:
+        fours = torch.rand(layer.k, -(-layer.c // 4), 4, 3, 3, generator=generator)
+        two = fours.argsort(2).argsort(2) < 2
+        return x, w * two.flatten(1, 2)[:, : layer.c].to(w), b
     if kind in DENSITIES:
         return x, w * kept(layer, DENSITIES[kind], generator).to(w), b
     masks = [SHAPES[kind](layer.h, layer.w, 0.25, generator) for _ in range(layer.n)]
@@ -48,9 +53,13 @@ def candidates(layer: Layer, kind: str, mode: str, layout: str, device: str) -> 
     """Backends with a kernel for the call."""
     sizes = (layer.n, layer.c, layer.h, layer.w, layer.k)
     last = layout == "channels_last"
-    op = "sparse_conv2d" if kind in DENSITIES else "masked_conv2d"
-    call = backends.Call(op, *sizes, (1, 1), (1, 1), MODES[mode][0], last, device)
-    return [name for name in backends.of_device(device) if backends.can_run(name, call) is None]
+    op = "masked_conv2d" if kind in SHAPES else "sparse_conv2d"
+    dtype = MODES[mode][0]
+    call = backends.Call(op, *sizes, (1, 1), (1, 1), dtype, last, device)
+    names = backends.of_device(device)
+    if kind == TWO_OF_FOUR and device == "cuda":  # for anything else such a weight is dense
+        names = ("cuda",) if dtype.itemsize == 2 else ()
+    return [name for name in names if backends.can_run(name, call) is None]
 
 
 def ours(backend: str, arguments):

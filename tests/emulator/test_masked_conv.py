@@ -163,5 +163,10 @@ MUTATE = [
             functools.partial(check_list, pixels=2500, density=0.3),
             *(functools.partial(check_forward, case=case) for case in CASES),
         ],
+        harmless={
+            "/* __syncthreads(); */;  // before of_warp is written again": (
+                "one round of 1024 blocks; test_list_of_many_blocks has two"
+            ),
+        },
     )
 ]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import pywino
 from pywino import backends, planner
+from pywino.ops import sparse_conv as rules
 from pywino.testing import assert_close_to_reference
 
 pytestmark = [
@@ -54,6 +55,21 @@ def test_forward_and_gradients(backend, density, stride, dilation, dtype, last):
     for a, b, c in zip(ours, exact, peer, strict=True):
         assert_close_to_reference(a, b, c, K)
     assert backends.is_channels_last(ours[0]) == last
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_of_four(dtype):
+    conv = torch.nn.Conv2d(200, 300, 3, padding=1)
+    pywino.prune_(conv, pywino.pruning.NM(2, 4))
+    x, conv = torch.randn(2, 200, 33, 31, device="cuda").to(dtype), conv.cuda().to(dtype)
+    needs("cuda", x, conv.weight)
+    layer = pywino.SparseConv2d.from_dense(conv, pywino.pruning.NM(2, 4))
+    layer.backend = "cuda"
+    assert isinstance(rules.pack(layer.weight.detach(), "cuda"), rules.TwoOfFour)
+    with torch.no_grad():
+        y, peer = layer(x), conv(x)
+        exact = conv.double()(x.double())
+    assert_close_to_reference(y, exact, peer, K)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
