@@ -243,11 +243,14 @@ def _sparse_triton(call, algorithm):
 
 
 def _sparse_gpu(call, algorithm):
-    reason = _direct(call, algorithm)
-    pixels = call.n * max(call.h * call.w, math.prod(call.output_size))
-    if reason is None and pixels >= 2**31:
+    return _direct(call, algorithm) or _counts_pixels(call, math.prod(call.output_size))
+
+
+def _counts_pixels(call, of_output):
+    # The last block of pixels goes a little further.
+    if call.n * max(call.h * call.w, of_output) > 2**31 - 2**10:
         return "it counts pixels in 31 bits"
-    return reason
+    return None
 
 
 def _masked_cuda(call, algorithm):
@@ -259,9 +262,7 @@ def _masked_triton(call, algorithm):
 
 
 def _masked_gpu(call, algorithm):
-    if call.n * call.h * call.w >= 2**31:
-        return "it counts pixels in 31 bits"
-    return _direct(call, algorithm)
+    return _direct(call, algorithm) or _counts_pixels(call, call.h * call.w)
 
 
 def _direct(call, algorithm):
