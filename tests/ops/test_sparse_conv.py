@@ -345,6 +345,8 @@ def test_blocks_of_a_gpu_are_the_weight(k, c, kernel):
 def test_groups_of_a_gpu_are_those_that_fetch_less():
     weight = torch.randn(256, 64, 1, 1)
     assert sparse_conv.pack_blocks(weight).values.shape == (4, 128, 32)
+    weight[:64, :32] = 0  # seven of eight blocks of 64 are left, each read for half the work
+    assert sparse_conv.pack_blocks(weight).values.shape == (4, 128, 32)
     weight[:64] = weight[128:192] = 0  # of 128 nothing is all zeros
     assert sparse_conv.pack_blocks(weight).values.shape == (4, 64, 32)
 
