@@ -8,8 +8,8 @@
 // The last two do not know how many pixels there are before they run: their grids are fixed, and each block takes rows up to
 // the number that the device has written.
 //
-// P pixels, L of them in the mask, e bytes: the compaction reads 2 P and writes 4 P + 4 L, zeros are P K e, the product reads L C e from
-// memory (nine times that from L2) and writes L K e, for 2 C K L operations a tap.
+// P pixels, L of them in the mask, e bytes: the compaction reads 2 P and writes 4 P + 4 L, zeros are P K e, the product reads
+// L C e from memory (for each tap once more from L2) and writes L K e, for 2 C K L operations a tap.
 #include <algorithm>
 
 #include "../common/gemm.cuh"
