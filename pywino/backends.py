@@ -231,9 +231,42 @@ def _elementwise(call, algorithm):
 
 
 def _direct_cpu(call, algorithm):
-    reason = _no_cpu_library(call)
-    if reason is not None:
-        return reason
+    return _no_cpu_library(call) or _direct(call, algorithm)
+
+
+def _sparse_cuda(call, algorithm):
+    return _no_cuda_library(call) or _sparse_gpu(call, algorithm)
+
+
+def _sparse_triton(call, algorithm):
+    return _no_triton(call, "sparse_conv") or _sparse_gpu(call, algorithm)
+
+
+def _sparse_gpu(call, algorithm):
+    return _direct(call, algorithm) or _counts_pixels(call, math.prod(call.output_size))
+
+
+def _counts_pixels(call, of_output):
+    # The last block of pixels goes a little further.
+    if call.n * max(call.h * call.w, of_output) > 2**31 - 2**10:
+        return "it counts pixels in 31 bits"
+    return None
+
+
+def _masked_cuda(call, algorithm):
+    return _no_cuda_library(call) or _masked_gpu(call, algorithm)
+
+
+def _masked_triton(call, algorithm):
+    return _no_triton(call, "masked_conv") or _masked_gpu(call, algorithm)
+
+
+def _masked_gpu(call, algorithm):
+    return _direct(call, algorithm) or _counts_pixels(call, call.h * call.w)
+
+
+def _direct(call, algorithm):
+    """What no kernel that convolves directly covers, any kernel size."""
     if algorithm not in ("auto", "direct"):
         return f"it is direct, not {algorithm}"
     if call.groups != 1:
@@ -264,4 +297,8 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)
+register("cuda", "sparse_conv2d", _sparse_cuda)
+register("triton", "sparse_conv2d", _sparse_triton)
 register("cpu", "masked_conv2d", _direct_cpu)
+register("cuda", "masked_conv2d", _masked_cuda)
+register("triton", "masked_conv2d", _masked_triton)

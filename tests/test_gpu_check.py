@@ -13,7 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import calls, check, counters, cudnn, elementwise, keep, ours, report, rows, smoke, timing
+from gpu import (
+    calls,
+    check,
+    counters,
+    cudnn,
+    elementwise,
+    keep,
+    ours,
+    report,
+    rows,
+    skipping,
+    smoke,
+    timing,
+)
 from layers import GPU_AIMS, GPU_LAYERS, Layer
 
 from pywino import backends
@@ -547,7 +560,7 @@ def test_small_calls_cover_every_op():
     if not ours.candidates(smoke.ODD, "forward", "fp32", "nchw", "cpu"):
         pytest.skip("needs the native library")
     kinds = {call[1] for call in smoke.calls("cpu")}
-    assert kinds == {*calls.PASSES, smoke.RELU, *elementwise.KINDS}
+    assert kinds == {*calls.PASSES, smoke.RELU, *elementwise.KINDS, *skipping.KINDS}
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -802,20 +815,22 @@ def test_dry_run_measures_ours(dry):
     if not found:
         pytest.skip("needs the native library")
     assert {row["failed"] for row in found} == {None}
-    assert {row["pass"] for row in found} == {*ours.OPS, *elementwise.KINDS}
+    kinds = {*ours.OPS, *elementwise.KINDS, *skipping.KINDS}
+    assert {row["pass"] for row in found} == kinds
     checked = [row for row in found if row["step"] == "check"]
     assert not any(row["wrong"] for row in checked)
     assert {row["backend"] for row in found} == {"cpu", "auto"}
     for row in found:
         if row["step"] == "time":
             assert row["error"] <= 1.5e-2
-            peers = {"cudnn", "eager"} & set(row["times"])
+            peers = {"cudnn", "eager", "dense"} & set(row["times"])
             assert len(peers) == 1
             assert row["times"]["ours"]["eager"]["us"] > 0
     page = (dry[2] / "tables.md").read_text()
     assert "No number here is a measurement." in page
     assert "### Ours, winograd-relu training, fp32" in page
     assert "### Ours, LSTM cell forward, bf16" in page
+    assert "### Ours, masked streaks 25 %, bf16" in page
 
 
 @pytest.mark.slow

@@ -633,6 +633,21 @@ def test_the_cuda_kernels_have_the_gradients(gpu, op, gradient):
         assert backends.can_run("cuda", GPU._replace(op=op + gradient), algorithm) is None
 
 
+@pytest.mark.parametrize("op", ["sparse_conv2d", "masked_conv2d"])
+def test_the_cuda_kernels_that_skip_take_any_kernel(gpu, op):
+    call = GPU._replace(op=op, kernel=(5, 2), c=3, channels_last=False)
+    assert backends.can_run("cuda", call) is None
+    for change, reason in (
+        ({"groups": 3}, "groups=1"),
+        ({"dtype": torch.float64}, "not float64"),
+        ({"n": 2**20, "h": 2**6, "w": 2**6}, "31 bits"),
+        ({"n": 0}, "empty"),
+        ({"device": "cpu"}, "the tensors are on cpu"),
+    ):
+        assert reason in backends.can_run("cuda", call._replace(**change))
+    assert "not f2" in backends.can_run("cuda", call, "f2")
+
+
 @pytest.mark.parametrize("op", ["channel_residual_attention", "conv_lstm_cell"])
 def test_gpu_measures_ops_with_one_kernel_a_backend(monkeypatch, gpu, op):
     times, asked = gpu

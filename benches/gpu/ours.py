@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from gpu import elementwise, timing
+from gpu import elementwise, skipping, timing
 from gpu.calls import (
     GRADIENTS,
     LAYOUTS,
@@ -286,16 +286,18 @@ def run_all(clock, journal: Journal, layers: tuple[Layer, ...], cudnn: list, sam
                     run = functools.partial(measure_relu, clock, layer, kind, mode, choice, samples)
                     key = " | ".join(["time", layer.name, kind, mode, "channels_last", *choice])
                     journal.run(key, run, step="time", **told, **named(choice))
-    chosen = [layer for layer in layers if layer.name in elementwise.LAYER_NAMES]
-    for kind, layer, mode, layout in itertools.product(
-        elementwise.KINDS, chosen, ("bf16", "fp32"), LAYOUTS
+    for room, peer in (
+        (elementwise, "the same formula in PyTorch"),
+        (skipping, "PyTorch's dense convolution"),
     ):
-        told = facts(layer, kind, mode, layout) | {"peer": "the same formula in PyTorch"}
-        call = (layer, kind, mode, layout)
-        for backend in elementwise.candidates(*call, clock.device):
-            run = functools.partial(elementwise.measure, clock, *call, backend, samples)
-            key = " | ".join(["time", layer.name, *call[1:], backend])
-            journal.run(key, run, step="time", **told, **named((backend, "direct", "default")))
+        chosen = [layer for layer in layers if layer.name in room.LAYER_NAMES]
+        for call in itertools.product(chosen, room.KINDS, ("bf16", "fp32"), LAYOUTS):
+            layer = call[0]
+            told = facts(*call) | {"peer": peer}
+            for backend in room.candidates(*call, clock.device):
+                run = functools.partial(room.measure, clock, *call, backend, samples)
+                key = " | ".join(["time", layer.name, *call[1:], backend])
+                journal.run(key, run, step="time", **told, **named((backend, "direct", "default")))
 
 
 def named(choice: tuple) -> dict:

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from gpu import elementwise
+from gpu import elementwise, skipping
 from gpu.calls import LAYOUTS, MODES, PASSES, Setting, exact, tensors
 from gpu.ours import AUTO, candidates, function_of, limit_of
 from layers import Layer
@@ -43,9 +43,10 @@ def calls(device: str):
         for choice in candidates(layer, kind, mode, layout, device):
             if choice != AUTO and (kind != RELU or choice[1:] == ("f2", "default")):
                 yield layer, kind, mode, layout, choice
-    for kind, mode, layout in itertools.product(elementwise.KINDS, ("bf16", "fp32"), LAYOUTS):
-        for backend in elementwise.candidates(ODD, kind, mode, layout, device):
-            yield ODD, kind, mode, layout, (backend, "direct", "default")
+    for room in (elementwise, skipping):
+        for kind, mode, layout in itertools.product(room.KINDS, ("bf16", "fp32"), LAYOUTS):
+            for backend in room.candidates(ODD, kind, mode, layout, device):
+                yield ODD, kind, mode, layout, (backend, "direct", "default")
 
 
 def check(device: str, layer, kind, mode, layout, choice) -> None:
@@ -54,8 +55,9 @@ def check(device: str, layer, kind, mode, layout, choice) -> None:
     Setting(layer, kind, mode, layout).apply()
     if kind == RELU:
         return check_relu(device, layer, mode, choice[0])
-    if kind in elementwise.KINDS:
-        return check_elementwise(device, layer, kind, mode, layout, choice[0])
+    for room in (elementwise, skipping):
+        if kind in room.KINDS:
+            return check_room(device, room, layer, kind, mode, layout, choice[0])
     arguments = tensors(layer, kind, mode, layout, "cpu")
     view, result = exact(layer, kind, arguments)
     output = function_of(layer, kind, choice)(*(t.to(device) for t in arguments)).cpu()
@@ -83,10 +85,10 @@ def check_relu(device: str, layer: Layer, mode: str, backend: str) -> None:
         agrees(actual.cpu(), expected, 2e-2)
 
 
-def check_elementwise(device: str, layer: Layer, kind: str, mode: str, layout: str, backend: str):
-    arguments = elementwise.tensors(layer, kind, mode, layout, device)
-    error, theirs = elementwise.errors(kind, backend, arguments)
-    limit = 4 * max(elementwise.LIMITS[MODES[mode][0]], theirs)
+def check_room(device: str, room, layer: Layer, kind: str, mode: str, layout: str, backend: str):
+    arguments = room.tensors(layer, kind, mode, layout, device)
+    error, theirs = room.errors(kind, backend, arguments)
+    limit = 4 * max(room.LIMITS[MODES[mode][0]], theirs)
     assert error <= limit, f"relative error {error:.3g}, more than {limit:.3g}"
 
 

@@ -22,16 +22,16 @@ def masked_conv2d(input, mask, weight, bias=None, padding="same", dilation=1, *,
     mask-guided sparse convolution of SPAIR (Purohit et al., ICCV 2021).
 
     Args:
-        input: (N, C, H, W) or (C, H, W); float32, bfloat16 or float16 (computed in float32) on the
-            CPU have kernels, everything else is a dense convolution of the masked input.
+        input: (N, C, H, W) or (C, H, W); float32, bfloat16 or float16 have kernels (on the CPU
+            computed in float32), everything else is a dense convolution of the masked input.
         mask: bool, (N, 1, H, W), or (1, 1, H, W) for all images; any mask, also an empty one. For a
             (C, H, W) input also (1, H, W).
         weight: (K, C, height, width), any size.
         bias: (K,) or None; outside the mask the output is 0, not the bias.
         padding: "same", or the numbers that mean the same.
         dilation: an integer or two.
-        backend: "auto" | "cpu" (visits the mask's pixels, however many) | "aten" | "cuda" |
-            "triton".
+        backend: "auto" | "aten" | "cpu", "cuda", "triton" (visit the mask's pixels, however many).
+            On a GPU "auto" is "aten": the host does not know how many pixels a mask has.
 
     Returns:
         (N, K, H, W) or (K, H, W) in input's dtype, channels_last iff the input is. NaN outside the
@@ -79,14 +79,15 @@ def run_masked_conv2d(input, mask, weight, bias, padding, dilation, backend, cac
     if autocasts(input):
         dtype = get_autocast_dtype(input.device.type)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-    cast = weight.to(input.dtype)
-    if not ops.covers(input, cast, *where, backend):
-        return ops.dense_forward(input, mask, cast, bias, *where)
-    pixels = ops.pixels_of(mask, len(input))
-    if ops.choose(input, pixels[0], cast, *where, backend) == "dense":
-        return ops.dense_forward(input, mask, cast, bias, *where)
-    filter = cache.derived("pixels", weight, ops.pack)
-    return ops.native_forward(input, *pixels, filter, bias, len(weight), size, *where)
+    dtype = input.dtype
+
+    def filter_of(backend):
+        if backend == "cpu":  # float32, whatever the call's dtype is
+            return cache.derived(backend, weight, ops.pack)
+        make = lambda weight: ops.pack(weight.to(dtype), backend)  # noqa: E731
+        return cache.derived((backend, dtype), weight, make)
+
+    return ops.run(input, mask, weight.to(dtype), bias, *where, backend, filter_of)
 
 
 def _check_mask(op, input, mask):

@@ -18,13 +18,16 @@ def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, 
     where that is the faster one here.
 
     Args:
-        input: (N, C, H, W) or (C, H, W); float32, bfloat16 or float16 (computed in float32) on the
-            CPU have kernels, everything else goes to F.conv2d.
+        input: (N, C, H, W) or (C, H, W); float32, bfloat16 or float16 have kernels (on the CPU
+            computed in float32), everything else goes to F.conv2d.
         weight: (K, C, height, width), any size; zeros are skipped one by one, or in blocks of 16
-            output channels and one input channel with its whole kernel.
+            output channels and one input channel with its whole kernel; on a GPU in blocks of 64
+            (or 128) output and 32 input channels of one tap, or, by "cuda" in 16 bits, two of every
+            four input channels.
         bias: (K,) or None.
         stride, padding, dilation: as in F.conv2d, padding="same" and "valid" included.
-        backend: "auto" | "cpu" (skips the zeros, however few) | "aten" | "cuda" | "triton".
+        backend: "auto" | "aten" | "cpu", "cuda", "triton" (skip the zeros, however few). On a GPU
+            "auto" is "aten": none has measured the kernels yet.
 
     Returns:
         (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff the input is.
@@ -76,10 +79,17 @@ def run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, c
     if autocasts(input):
         dtype = get_autocast_dtype(input.device.type)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-    density = cache.derived("densities", weight, ops.densities)
-    pattern = ops.choose(input, weight.to(input.dtype), *where, backend, density)
+    density = None
+    if input.device.type == "cpu":
+        density = cache.derived("densities", weight, ops.densities)
+    dtype = input.dtype
+    pattern = ops.choose(input, weight.to(dtype), *where, backend, density)
     if pattern == "dense":
-        return ops.dense_forward(input, weight.to(input.dtype), bias, *where)
-    filter = cache.derived(pattern, weight, lambda weight: ops.pack(weight, pattern))
+        return ops.dense_forward(input, weight.to(dtype), bias, *where)
     size = tuple(weight.shape[2:])
-    return ops.native_forward(input, filter, bias, len(weight), size, *where)
+    if input.device.type == "cpu":  # float32, whatever the call's dtype is
+        filter = cache.derived(pattern, weight, lambda weight: ops.pack(weight, pattern))
+    else:
+        make = lambda weight: ops.pack(weight.to(dtype), pattern)  # noqa: E731
+        filter = cache.derived((pattern, dtype), weight, make)
+    return ops.run(pattern, input, filter, bias, len(weight), size, *where)

@@ -8,8 +8,12 @@
 A masked convolution's gradient by its input is a masked convolution again, of the turned filter.
 What runs is chosen inside the kernels, on real tensors: the kernel that visits the mask's pixels
 alone, or a dense convolution of the masked input (Winograd's where that pays), where it is the
-faster one on this signature and density. An output is channels_last iff the op's input is.
+faster one on this signature and density. On a GPU the host does not know how many pixels a mask
+has, and does not wait to be told: there "auto" is the dense convolution, and the kernels are the
+user's word. An output is channels_last iff the op's input is.
 """
+
+import importlib
 
 import torch
 from torch.nn import functional as F
@@ -48,8 +52,22 @@ def covers(input, weight, padding, dilation, backend):
     return backends.can_run("cpu", call) is None and planner.mode() != "off"
 
 
+def run(input, mask, weight, bias, padding, dilation, backend, filter_of):
+    """The convolution, by what is chosen. filter_of(backend): the weight, packed for it."""
+    if not covers(input, weight, padding, dilation, backend):
+        return dense_forward(input, mask, weight, bias, padding, dilation)
+    where = (padding, dilation)
+    if backend in ("cuda", "triton"):
+        return gpu_forward(input, mask, filter_of(backend), bias, *where, backend)
+    list, place = pixels_of(mask, len(input))
+    if choose(input, list, weight, *where, backend) == "dense":
+        return dense_forward(input, mask, weight, bias, *where)
+    size = tuple(weight.shape[2:])
+    return native_forward(input, list, place, filter_of("cpu"), bias, len(weight), size, *where)
+
+
 def choose(input, list, weight, padding, dilation, backend):
-    """ "pixels" or "dense": what runs a call that is covered."""
+    """ "pixels" or "dense": what runs a call that is covered, on the CPU."""
     if backend != "auto":
         return "pixels"
     call = planner.describe("masked_conv2d", input, weight, padding, dilation)
@@ -90,9 +108,15 @@ def pixels_of(mask, count):
     return _ops._masked_pixels.default(mask.expand(count, -1, -1, -1).contiguous())
 
 
-def pack(weight):
-    """The weight, for `_masked_forward`."""
-    return _ops._masked_pack.default(weight)
+def pack(weight, backend="cpu"):
+    """The weight for `_masked_forward`, or (K, height, width, C) for the kernels of a GPU; for
+    "cuda" with zeros behind the channels, so that they are whole 16 bytes."""
+    if backend == "cpu":
+        return _ops._masked_pack.default(weight)
+    filter = weight.permute(0, 2, 3, 1)
+    if backend == "cuda":
+        filter = F.pad(filter, (0, -weight.shape[1] % (16 // weight.element_size())))
+    return filter.contiguous()
 
 
 def native_forward(input, list, place, filter, bias, out_channels, kernel_size, padding, dilation):
@@ -103,6 +127,20 @@ def native_forward(input, list, place, filter, bias, out_channels, kernel_size, 
     return _ops._masked_forward.default(
         _dense(input), list, place, filter, bias, out_channels, *where
     )
+
+
+def gpu_forward(input, mask, filter, bias, padding, dilation, backend):
+    """A kernel that lists the mask's pixels on the device, on tensors as they come."""
+    if bias is not None:
+        bias = bias.float().contiguous()
+    mask = mask.expand(len(input), -1, -1, -1).contiguous()
+    strict = input.dtype == torch.float32 and not backends.allows_tf32(input)
+    forward = _ops._masked_cuda_forward.default if backend == "cuda" else _triton().forward
+    return forward(_dense(input), mask, filter, bias, padding, dilation, strict)
+
+
+def _triton():
+    return importlib.import_module("pywino.kernels.masked_conv")
 
 
 def dense_forward(input, mask, weight, bias, padding, dilation):
@@ -163,15 +201,8 @@ def _check(input, mask, weight, padding, dilation):
 
 def _forward(input, mask, weight, bias, padding, dilation, backend):
     _check(input, mask, weight, padding, dilation)
-    if not covers(input, weight, padding, dilation, backend):
-        return dense_forward(input, mask, weight, bias, padding, dilation)
-    list, place = pixels_of(mask, len(input))
-    if choose(input, list, weight, padding, dilation, backend) == "dense":
-        return dense_forward(input, mask, weight, bias, padding, dilation)
-    size = tuple(weight.shape[2:])
-    return native_forward(
-        input, list, place, pack(weight), bias, len(weight), size, padding, dilation
-    )
+    filter_of = lambda name: pack(weight, name)  # noqa: E731
+    return run(input, mask, weight, bias, padding, dilation, backend, filter_of)
 
 
 def _forward_fake(input, mask, weight, bias, padding, dilation, backend):
@@ -259,7 +290,8 @@ autocast("masked_conv2d")
 autocast("masked_conv2d_backward_weight")
 
 
-# --- the native kernels: csrc/torch/masked_conv.cpp registers them on the CPU key ---
+# --- the native kernels: csrc/torch/masked_conv.cpp registers those without "cuda" in their name on
+# the CPU key, masked_conv_cuda.cpp the other ---
 
 
 def _pixels_fake(mask):
@@ -277,6 +309,10 @@ def _native_forward_fake(
     return _empty((input.shape[0], out_channels, *input.shape[2:]), input)
 
 
+def _cuda_forward_fake(input, mask, filter, bias, padding, dilation, strict):
+    return _empty((input.shape[0], filter.shape[0], *input.shape[2:]), input)
+
+
 define("_masked_pixels(Tensor mask) -> (Tensor, Tensor)", None, _pixels_fake)
 define("_masked_pack(Tensor weight) -> Tensor", None, _pack_fake)
 define(
@@ -284,4 +320,10 @@ define(
     "int out_channels, int[2] kernel_size, int[2] padding, int[2] dilation) -> Tensor",
     None,
     _native_forward_fake,
+)
+define(
+    "_masked_cuda_forward(Tensor input, Tensor mask, Tensor filter, Tensor? bias, "
+    "int[2] padding, int[2] dilation, bool strict) -> Tensor",
+    None,
+    _cuda_forward_fake,
 )

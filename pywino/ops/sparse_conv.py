@@ -10,10 +10,16 @@
 What runs is chosen inside the kernels, on real tensors: PyTorch's dense convolution, or the kernel
 that skips zeros, where it was the faster one on this signature and density. The gradient of the
 weight is that of the dense weight: a zero of the weight has a gradient too, and
-`pywino.pruning.Pruner` masks it. An output is channels_last iff the op's input is.
+`pywino.pruning.Pruner` masks it. On a GPU "auto" is PyTorch's convolution, and the kernels that
+skip blocks of zeros are the user's word: none has measured them yet. An output is channels_last iff
+the op's input is.
 """
 
+import importlib
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from pywino import _native as native
@@ -24,6 +30,11 @@ _ops = torch.ops.pywino
 _choices = planner.memo()
 
 BLOCK = 16  # output channels of a block; whole vectors in every instruction set
+# A block of a GPU: so many input and output channels of one tap. Why they are so many is in
+# csrc/core/sparse_conv/README.md.
+GPU_CHANNELS = 32
+GPU_GROUPS = (128, 64)
+_GPU_PIXELS = 128  # output pixels that share a block
 # The time of the kernels in units of PyTorch's dense convolution, by the part of the weights (of
 # the 16 x 1 blocks) that is not zero: slope and what it costs in any case. Decides where nothing is
 # measured, and which of the two is measured.
@@ -57,7 +68,8 @@ def estimate(single, blocks):
 
 
 def choose(input, weight, stride, padding, dilation, backend, density=None):
-    """ "dense", "unstructured" or "blocks": what runs this call.
+    """ "dense", "unstructured" or "blocks": what runs this call; on a GPU "dense", or the backend
+    that was asked for.
 
     Measured at the first call of a signature and density (in steps of 5 %), on the call's own
     weight; the rule decides where the planner may not measure."""
@@ -66,6 +78,8 @@ def choose(input, weight, stride, padding, dilation, backend, density=None):
     call = planner.describe("sparse_conv2d", input, weight, padding, dilation, stride=stride)
     if backend != "auto":
         planner.require(backend, call)
+    if backend in ("cuda", "triton"):
+        return backend
     if backends.can_run("cpu", call) is not None:
         return "dense"
     single, blocks = density or densities(weight)
@@ -101,9 +115,109 @@ def _beats_dense(input, weight, stride, padding, dilation, pattern):
     return best["sparse"] + _PYTHON < planner.MARGIN * best["dense"]
 
 
+class Blocks(NamedTuple):
+    """A filter without its blocks of zeros, for a GPU: those of a group of output channels behind
+    one another, by tap and then input channels."""
+
+    values: Tensor  # (blocks, output channels of a group, GPU_CHANNELS), zeros in what sticks out
+    entries: Tensor  # (blocks,) int32: tap * ceil(C / GPU_CHANNELS) + number of its input channels
+    starts: Tensor  # (groups + 1,) int32: where each group begins, and the number of blocks
+
+
 def pack(weight, pattern, rotate=False):
-    """The weight without its zeros, for `_sparse_forward`."""
+    """The weight without its zeros, for `run`."""
+    if pattern in ("cuda", "triton"):
+        weight = weight.flip(2, 3).transpose(0, 1) if rotate else weight
+        blocks = pack_blocks(weight)
+        if pattern == "cuda" and weight.element_size() == 2:
+            # Sparse tensor cores do twice as much: more than blocks where half of them are kept.
+            every = -(-len(weight) // blocks.values.shape[1]) * weight[0, 0].numel()
+            every *= -(-weight.shape[1] // GPU_CHANNELS)
+            if 2 * len(blocks.values) > every:
+                return pack_two_of_four(weight) or blocks
+        return blocks
     return _ops._sparse_pack.default(weight, rotate, pattern == "blocks")
+
+
+def pack_blocks(weight):
+    """The `Blocks` of a weight, in groups of 64 or 128 output channels, with what costs less.
+
+    A block of G output channels is read for every _GPU_PIXELS pixels, and its input once: it costs
+    1 / G + 1 / _GPU_PIXELS bytes an operation. The host waits for the device to know the sizes."""
+    cut = {group: _cut(weight, group) for group in GPU_GROUPS}
+    kept = {group: blocks.flatten(3).ne(0).any(3) for group, blocks in cut.items()}
+    cost = {g: k.sum().item() * g * (1 / g + 1 / _GPU_PIXELS) for g, k in kept.items()}
+    group = min(cost, key=cost.get)
+    keep = kept[group].flatten(1)
+    starts = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
+    values = cut[group].flatten(1, 2)[keep].contiguous()
+    return Blocks(values, keep.nonzero()[:, 1].int(), starts)
+
+
+class TwoOfFour(NamedTuple):
+    """A filter of which at most two of every four neighbouring input channels are not zero, for
+    sparse tensor cores (csrc/core/common/sparse_gemm.cuh). Steps are taps, and in them 64 input
+    channels each."""
+
+    values: Tensor  # (steps, K', 32): the two of each four; K' is K rounded up to 128
+    metadata: Tensor  # (steps, K' / 16, 32) int32: their places
+
+
+def pack_two_of_four(weight):
+    """The `TwoOfFour` of a weight, None where one of its fours has three numbers or four."""
+    fours = F.pad(weight.flatten(2), (0, 0, 0, -weight.shape[1] % 64, 0, -len(weight) % 128))
+    fours = fours.unflatten(1, (-1, 16, 4)).permute(4, 1, 0, 2, 3).flatten(0, 1)
+    kept = fours != 0
+    if (kept.sum(-1) > 2).any():
+        return None
+    places = kept.byte().sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
+    values = fours.gather(-1, places).flatten(2)
+    # 16 bits for every 16 channels, two a place. Word 4 g + 2 s + h: rows g and g + 8, channels
+    # 32 s + 16 h and on.
+    halves = places.unflatten(2, (2, 2, 4)).flatten(4) << 2 * torch.arange(8, device=places.device)
+    low, high = halves.sum(-1).unflatten(1, (-1, 2, 8)).unbind(2)
+    return TwoOfFour(values, (low | high << 16).flatten(2).int())
+
+
+def _cut(weight, group):
+    """(groups, taps, chunks, output channels of a group, GPU_CHANNELS) of a (K, C, height, width)
+    weight."""
+    k, c = weight.shape[:2]
+    taps = F.pad(weight.flatten(2), (0, 0, 0, -c % GPU_CHANNELS, 0, -k % group))
+    taps = taps.unflatten(0, (-1, group)).unflatten(2, (-1, GPU_CHANNELS))
+    return taps.permute(0, 4, 2, 1, 3)
+
+
+def run(pattern, input, filter, bias, out_channels, *where):
+    """A kernel on tensors as they come, with a filter from `pack` of the same pattern; where:
+    kernel size, stride, padding, dilation."""
+    if pattern in ("cuda", "triton"):
+        return gpu_forward(pattern, input, filter, bias, out_channels, *where)
+    return native_forward(input, filter, bias, out_channels, *where)
+
+
+def gpu_forward(backend, input, filter, bias, out_channels, *where):
+    if bias is not None:
+        bias = bias.float().contiguous()
+    strict = input.dtype == torch.float32 and not backends.allows_tf32(input)
+    if backend == "triton":
+        return _triton().forward(_dense(input), *filter, bias, out_channels, *where, strict)
+    # Pixels that are whole 16 bytes, side by side, as the kernel reads them.
+    behind = -input.shape[1] % (16 // input.element_size())
+    pixels = F.pad(input, (0, 0, 0, 0, 0, behind)) if behind else input
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    if pixels.data_ptr() % 16:
+        pixels = pixels.clone()
+    arguments = (pixels, *filter, bias, out_channels, *where)
+    if isinstance(filter, TwoOfFour):
+        output = _ops._sparse_cuda_two_of_four.default(*arguments)
+    else:
+        output = _ops._sparse_cuda_forward.default(*arguments, strict)
+    return output.contiguous(memory_format=_format(input))
+
+
+def _triton():
+    return importlib.import_module("pywino.kernels.sparse_conv")
 
 
 def native_forward(input, filter, bias, out_channels, kernel_size, stride, padding, dilation):
@@ -169,8 +283,8 @@ def _forward(input, weight, bias, stride, padding, dilation, backend):
     pattern = choose(input, weight, stride, padding, dilation, backend)
     if pattern == "dense":
         return dense_forward(input, weight, bias, stride, padding, dilation)
-    filter, size = pack(weight, pattern), tuple(weight.shape[2:])
-    return native_forward(input, filter, bias, len(weight), size, stride, padding, dilation)
+    where = (tuple(weight.shape[2:]), stride, padding, dilation)
+    return run(pattern, input, pack(weight, pattern), bias, len(weight), *where)
 
 
 def _forward_fake(input, weight, bias, stride, padding, dilation, backend):
@@ -188,7 +302,7 @@ def _backward_input(grad, weight, size, stride, padding, dilation, backend):
         if pattern != "dense":
             filter, kernel = pack(weight, pattern, rotate=True), tuple(weight.shape[2:])
             where = (kernel, stride, full, dilation)
-            return native_forward(grad, filter, None, weight.shape[1], *where)
+            return run(pattern, grad, filter, None, weight.shape[1], *where)
     input = grad.new_empty(1).expand(size)  # only its size is read
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, stride, padding, dilation, False, (0, 0), 1, (True, False, False)
@@ -285,7 +399,8 @@ for _name in ("", "_backward_input", "_backward_weight"):
     autocast("sparse_conv2d" + _name)
 
 
-# --- the native kernels: csrc/torch/sparse_conv.cpp registers them on the CPU key ---
+# --- the native kernels: csrc/torch/sparse_conv.cpp registers those without "cuda" in their name on
+# the CPU key, sparse_conv_cuda.cpp the other ---
 
 
 def _pack_fake(weight, rotate, blocks):
@@ -297,10 +412,34 @@ def _native_forward_fake(input, filter, bias, out_channels, kernel_size, stride,
     return _empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
+def _two_of_four_fake(
+    input, values, metadata, bias, out_channels, kernel_size, stride, padding, dilation
+):
+    weight = input.new_empty(()).expand(out_channels, input.shape[1], *kernel_size)
+    size = _output_size(input, weight, stride, padding, dilation)
+    return input.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
+def _cuda_forward_fake(input, values, entries, starts, *arguments):
+    return _two_of_four_fake(input, values, entries, *arguments[:-1])
+
+
 define("_sparse_pack(Tensor weight, bool rotate, bool blocks) -> Tensor", None, _pack_fake)
 define(
     "_sparse_forward(Tensor input, Tensor filter, Tensor? bias, int out_channels, "
     f"int[2] kernel_size, {_GEOMETRY}) -> Tensor",
     None,
     _native_forward_fake,
+)
+define(
+    "_sparse_cuda_forward(Tensor input, Tensor values, Tensor entries, Tensor starts, "
+    f"Tensor? bias, int out_channels, int[2] kernel_size, {_GEOMETRY}, bool strict) -> Tensor",
+    None,
+    _cuda_forward_fake,
+)
+define(
+    "_sparse_cuda_two_of_four(Tensor input, Tensor values, Tensor metadata, Tensor? bias, "
+    f"int out_channels, int[2] kernel_size, {_GEOMETRY}) -> Tensor",
+    None,
+    _two_of_four_fake,
 )

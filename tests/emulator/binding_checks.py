@@ -10,8 +10,10 @@ import torch
 warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
 torch.ops.load_library(sys.argv[1])
 
+from pywino.ops import masked_conv as masked_ops  # noqa: E402
+from pywino.ops import sparse_conv as sparse_ops  # noqa: E402
 from pywino.ops._kernels import Kernel  # noqa: E402
-from pywino.reference import channel_attention, conv_lstm  # noqa: E402
+from pywino.reference import channel_attention, conv_lstm, masked_conv  # noqa: E402
 from pywino.reference import winograd as reference  # noqa: E402
 
 ops = torch.ops.pywino
@@ -210,10 +212,67 @@ def check_cell(dtype, bound, last):
     refuses("a quarter of gates' channels", ops._conv_lstm_forward, gates, gates)
 
 
+def check_masked(dtype, bound, last, c):
+    x, weight, bias = torch.randn(2, c, 9, 7).to(dtype), torch.randn(12, c, 3, 3), torch.randn(12)
+    x = x.contiguous(memory_format=channels_last) if last else x
+    weight = (weight / (9 * c) ** 0.5).to(dtype)
+    for mask in (torch.rand(2, 1, 9, 7) < 0.3, torch.rand(1, 1, 9, 7) < 0.6):
+        filter = masked_ops.pack(weight, "cuda")
+        y = masked_ops.gpu_forward(x, mask, filter, bias, (1, 1), (1, 1), "cuda")
+        expected = masked_conv.masked_conv2d(x.double(), mask, weight.double(), bias.double())
+        assert error(y, expected) <= bound, (dtype, error(y, expected))
+        assert (y.dtype, y.is_contiguous()) == (dtype, not last)
+    given = (x, mask.expand(2, 1, 9, 7).contiguous(), filter, bias, (1, 1), (1, 1), True)
+    forward = ops._masked_cuda_forward
+    torch.library.opcheck(forward.default, given, test_utils=("test_schema", "test_faketensor"))
+    refuses("mask must be contiguous and bool", forward, x, mask, *given[2:])
+    refuses("filter must be", forward, *given[:2], weight, *given[3:])
+    # From the middle of a word, as slices of larger tensors may begin.
+    flat = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride())
+    assert torch.equal(forward(flat.copy_(x), *given[1:]), forward(*given))
+
+
+def check_sparse(dtype, bound, last, c):
+    x, weight, bias = torch.randn(2, c, 9, 7).to(dtype), torch.randn(70, c, 3, 3), torch.randn(70)
+    x = x.contiguous(memory_format=channels_last) if last else x
+    weight = (weight / (9 * c) ** 0.5).to(dtype)
+    weight[:64, :, :2] = 0
+    filter, where = sparse_ops.pack(weight, "cuda"), ((3, 3), (1, 2), (1, 1), (1, 1))
+    y = sparse_ops.run("cuda", x, filter, bias, 70, *where)
+    expected = torch.conv2d(x.double(), weight.double(), bias.double(), *where[1:])
+    assert error(y, expected) <= bound, (dtype, error(y, expected))
+    assert (y.dtype, y.is_contiguous()) == (dtype, not last)
+    flat = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride())
+    assert torch.equal(sparse_ops.run("cuda", flat.copy_(x), filter, bias, 70, *where), y)
+    if last and c == 16:
+        given, forward = (x, *filter, bias, 70, *where, True), ops._sparse_cuda_forward
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(forward.default, given, test_utils=tests)
+        refuses("input must be channels_last", forward, x.contiguous(), *given[1:])
+        refuses("multiple of 16 bytes", forward, x[:, :15].contiguous(memory_format=channels_last),
+                *given[1:])  # fmt: skip
+        refuses("packed for another weight", forward, *given[:4], None, 200, *given[6:])
+    weight[:, ::2] = 0
+    filter = sparse_ops.pack(weight, "cuda")
+    assert isinstance(filter, sparse_ops.TwoOfFour) == (dtype != torch.float32)
+    y = sparse_ops.run("cuda", x, filter, bias, 70, *where)
+    expected = torch.conv2d(x.double(), weight.double(), bias.double(), *where[1:])
+    assert error(y, expected) <= bound, (dtype, error(y, expected))
+    assert (y.dtype, y.is_contiguous()) == (dtype, not last)
+    if last and c == 16 and dtype != torch.float32:
+        given, forward = (x, *filter, bias, 70, *where), ops._sparse_cuda_two_of_four
+        torch.library.opcheck(forward.default, given, test_utils=tests)
+        refuses("packed for another weight", forward, *given[:3], None, 200, *given[5:])
+        refuses("must be float16 or bfloat16", forward, x.float(), *given[1:])
+
+
 for last in (True, False):
     for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)):
         check_attention(dtype, bound, last)
         check_cell(dtype, bound, last)
+        for c in (16, 11):
+            check_masked(dtype, bound, last, c)
+            check_sparse(dtype, bound, last, c)
 for last in (True, False):
     check_forward(2, False, torch.float16, 8e-4, last)
     check_forward(4, False, torch.bfloat16, 3e-3, last, d=2)

@@ -19,8 +19,7 @@ def prepare(module):
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-    # A GPU rounds float32 to bfloat16 to nearest, the interpreter cuts off. (Its tl.dot of
-    # bfloat16 is wrong too, but these kernels multiply 16-bit tensors in fp16.)
+    # A GPU rounds float32 to bfloat16 to nearest, the interpreter cuts off.
     cast = InterpreterBuilder.cast_impl
 
     def round_to_nearest(self, source, target):
@@ -30,6 +29,19 @@ def prepare(module):
         return cast(self, source, target)
 
     InterpreterBuilder.cast_impl = round_to_nearest
+
+    # It keeps bfloat16 as bit patterns, and tl.dot multiplies those.
+    dot = InterpreterBuilder.create_dot
+
+    def of_numbers(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def dot_of_numbers(self, a, b, *rest):
+        return dot(self, of_numbers(a), of_numbers(b), *rest)
+
+    InterpreterBuilder.create_dot = dot_of_numbers
 
     # The interpreter takes 2 ms to enter a function, as it patches the language anew each time. In
     # the kernels that is needed; what they call may be plain Python.

@@ -21,20 +21,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pywino.kernels import channel_attention, conv_lstm, winograd
+from pywino.kernels import channel_attention, conv_lstm, masked_conv, sparse_conv, winograd
+from pywino.ops import sparse_conv as sparse_ops
 
 TABLE = Path(__file__).with_name("resources_triton.json")
-MODULES = (winograd, channel_attention, conv_lstm)
+MODULES = (winograd, channel_attention, conv_lstm, masked_conv, sparse_conv)
 ARCHITECTURES = (90, 80, 100)
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 INSTRUCTIONS = (*MATRIX_INSTRUCTIONS, "LDGSTS")
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
 
 
 def launches(architecture=90):
     """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
     for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4, and the
-    other rooms; for the others the forward pass of F4 in "f16"."""
+    other rooms; for the others the forward pass of F4 in "f16", and the masked and the sparse
+    convolution of channels_last tensors."""
     recorded = {}
 
     def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
@@ -70,6 +78,8 @@ def launches(architecture=90):
             for last in (True, False):
                 attention(last)
             cell()
+        masked(architecture == 90)
+        sparse(architecture == 90)
     return recorded
 
 
@@ -123,6 +133,36 @@ def cell():
     state = gates[:, :32].contiguous()
     conv_lstm.forward(gates, state)
     conv_lstm.backward(state, state, gates, state)
+
+
+def masked(everything):
+    """Each block of the product; both layouts of the widest, and TF32."""
+    kinds = [(torch.bfloat16, k, True, True) for k in (32, 64, 128)]
+    kinds += [(torch.float32, k, True, True) for k in (32, 64, 128)]
+    if everything:
+        kinds += [(torch.bfloat16, 128, False, True), (torch.float32, 128, False, True)]
+        kinds += [(torch.float32, 128, True, False)]
+    for dtype, k, last, strict in kinds:
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(2, 64, 48, 48, dtype=dtype, device="meta", memory_format=layout)
+        mask = torch.empty(2, 1, 48, 48, dtype=torch.bool, device="meta")
+        filter, bias = x.new_empty(k, 3, 3, 64), torch.empty(k, device="meta")
+        masked_conv.forward(x, mask, filter, bias, (1, 1), (1, 1), strict)
+
+
+def sparse(everything):
+    """Each group of channels; both layouts of the wider, and TF32."""
+    kinds = [(dtype, k, True, True) for dtype in (torch.bfloat16, torch.float32) for k in (64, 128)]
+    if everything:
+        kinds += [(torch.bfloat16, 128, False, True), (torch.float32, 128, False, True)]
+        kinds += [(torch.float32, 128, True, False)]
+    for dtype, k, last, strict in kinds:
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(2, 64, 48, 48, dtype=dtype, device="meta", memory_format=layout)
+        values = x.new_empty(9, k, sparse_ops.GPU_CHANNELS)
+        entries, starts = (torch.empty(n, dtype=torch.int32, device="meta") for n in (9, 2))
+        blocks, bias = (values, entries, starts), torch.empty(k, device="meta")
+        sparse_conv.forward(x, *blocks, bias, k, (3, 3), (1, 1), (1, 1), (1, 1), strict)
 
 
 def resources(launch, architecture):

@@ -323,11 +323,50 @@ def test_other_callers_reach_pytorch():
     assert pywino.sparse_conv2d(torch.randn(0, 4, 9, 10), weight).shape == (0, 6, 7, 8)
 
 
+@pytest.mark.parametrize(("k", "c"), [(200, 70), (64, 32), (5, 3)])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 2)])
+def test_blocks_of_a_gpu_are_the_weight(k, c, kernel):
+    weight = torch.randn(k, c, *kernel)
+    weight[:64, :32, 0] = 0
+    values, entries, starts = sparse_conv.pack_blocks(weight)
+    group, chunks = values.shape[1], -(-c // 32)
+    padded = torch.zeros((len(starts) - 1) * group, kernel[0] * kernel[1], chunks * 32)
+    for g in range(len(starts) - 1):
+        of_group = entries[starts[g] : starts[g + 1]].tolist()
+        assert of_group == sorted(set(of_group))
+        for entry, block in zip(of_group, values[starts[g] : starts[g + 1]], strict=True):
+            tap, chunk = divmod(entry, chunks)
+            padded[g * group : (g + 1) * group, tap, chunk * 32 : (chunk + 1) * 32] = block
+    actual = padded[:k, :, :c].transpose(1, 2).unflatten(2, kernel)
+    assert torch.equal(actual, weight)
+    assert starts[-1] == len(values) == len(entries)
+
+
+def test_groups_of_a_gpu_are_those_that_fetch_less():
+    weight = torch.randn(256, 64, 1, 1)
+    assert sparse_conv.pack_blocks(weight).values.shape == (4, 128, 32)
+    weight[:64, :32] = 0  # seven of eight blocks of 64 are left, each read for half the work
+    assert sparse_conv.pack_blocks(weight).values.shape == (4, 128, 32)
+    weight[:64] = weight[128:192] = 0  # of 128 nothing is all zeros
+    assert sparse_conv.pack_blocks(weight).values.shape == (4, 64, 32)
+
+
+def test_two_of_four_only_where_blocks_are_kept():
+    weight = torch.randn(64, 128, 1, 1).half()
+    assert isinstance(sparse_conv.pack(weight, "cuda"), sparse_conv.Blocks)  # four of four
+    weight[:, ::2] = 0
+    assert isinstance(sparse_conv.pack(weight, "cuda"), sparse_conv.TwoOfFour)
+    assert isinstance(sparse_conv.pack(weight.float(), "cuda"), sparse_conv.Blocks)
+    assert isinstance(sparse_conv.pack(weight, "triton"), sparse_conv.Blocks)
+    weight[:, :96] = 0
+    assert isinstance(sparse_conv.pack(weight, "cuda"), sparse_conv.Blocks)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         ({"backend": "gpu"}, "backend must be one of"),
-        ({"backend": "triton"}, "it has no kernel for sparse_conv2d"),
+        ({"backend": "triton"}, "the tensors are on cpu"),
         ({"padding": -1}, "padding must be >= 0"),
         ({"stride": 0}, "stride must be >= 1"),
         ({"padding": "same", "stride": 2}, "stride must be 1 with padding='same'"),

@@ -28,8 +28,12 @@ struct Geometry {
   bool channels_last;          // of input and output
   DType dtype;                 // of input and output; the arithmetic is fp32
 
-  int64_t out_h() const { return (h + 2 * pad_h - dil_h * (kernel_h - 1) - 1) / stride_h + 1; }
-  int64_t out_w() const { return (w + 2 * pad_w - dil_w * (kernel_w - 1) - 1) / stride_w + 1; }
+  constexpr int64_t out_h() const {
+    return (h + 2 * pad_h - dil_h * (kernel_h - 1) - 1) / stride_h + 1;
+  }
+  constexpr int64_t out_w() const {
+    return (w + 2 * pad_w - dil_w * (kernel_w - 1) - 1) / stride_w + 1;
+  }
 };
 
 struct ForwardParams {

@@ -2,6 +2,9 @@
 // The project's kernels and the host code that runs them in order, as one library for the tests.
 #include "core/channel_attention/cuda.cu"
 #include "core/conv_lstm/cuda.cu"
+#include "core/masked_conv/cuda.cu"
+#include "core/sparse_conv/cuda.cu"
+#include "core/sparse_conv/cuda_two_of_four.cu"
 #include "core/winograd/cuda.cpp"
 #include "core/winograd/cuda_direct.cu"
 #include "core/winograd/cuda_gradients.cu"

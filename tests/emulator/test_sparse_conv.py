@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA convolutions without blocks of zeros and of 2:4 weights, run by the emulator, against
+float64."""
+
+import functools
+from ctypes import c_bool, c_int, c_int64
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from emulator.build import CSRC, HERE
+from emulator.harness import In, Out, Struct, bf16, from_bf16
+from emulator.mutate import Recipe
+
+from pywino.ops import sparse_conv as ops
+from pywino.reference import sparse_conv as reference
+
+SOURCE = HERE / "kernels" / "rooms.cu"
+DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
+# Relative L2 errors: the rounding of the output and, in TF32, of the operands.
+BOUND = {"f16": 3e-4, "bf16": 2.5e-3, "f32": 3e-7, "tf32": 4e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int = 2
+    c: int = 40
+    h: int = 9
+    w: int = 7
+    k: int = 64
+    density: float = 0.5  # of the blocks
+    group: int = 64  # output channels of a block of zeros
+    kernel: tuple = (3, 3)
+    stride: tuple = (1, 1)
+    padding: tuple = (1, 1)
+    dilation: tuple = (1, 1)
+    dtype: str = "f16"  # or tf32: fp32 without `strict`
+    bias: bool = True
+
+
+CASES = [
+    Case(),
+    Case(n=1, c=72, h=13, w=11, k=136, dtype="bf16"),  # several groups; an odd number of blocks
+    Case(n=1, c=36, h=11, w=13, k=260, group=128, dtype="f32"),
+    Case(k=13, kernel=(5, 2), stride=(1, 3), padding=(2, 1), dilation=(2, 1), dtype="tf32"),
+    Case(c=8, kernel=(1, 1), stride=(2, 2), padding=(0, 0), density=1, bias=False),
+    Case(n=1, h=3, w=3, k=128, density=0, group=128),
+]
+
+
+def decode(x):
+    return from_bf16(x) if x.dtype == np.uint16 else x.astype(np.float64)
+
+
+def encoded(x, dtype):
+    """(array as the kernel has it, its numbers as a float32 tensor)."""
+    if dtype == "bf16":
+        array = bf16(x)
+    else:
+        array = x.astype(np.float16 if dtype == "f16" else np.float32)
+    return array, torch.from_numpy(decode(array).astype(np.float32))
+
+
+def check_forward(kernel, case, **how):
+    random = np.random.default_rng(case.k)
+    blocks = random.random((-(-case.k // case.group), -(-case.c // 32), *case.kernel))
+    kept = (blocks < case.density).repeat(case.group, 0).repeat(32, 1)[: case.k, : case.c]
+    weight = random.standard_normal(kept.shape) * kept / (9 * case.c) ** 0.5
+    weight = encoded(weight, case.dtype)[1]
+    values, entries, starts = (t.numpy() for t in ops.pack_blocks(weight))
+    assert values.shape[1] == case.group
+    fields = {
+        "group": c_int(values.shape[1]),
+        "strict": c_bool(case.dtype == "f32"),
+        "input": None,
+        "values": In(encoded(values, case.dtype)[0]),
+        "entries": In(entries),
+        "starts": In(starts),
+    }
+    launch(kernel, "pywino_sparse_conv_forward", case, weight, fields, **how)
+
+
+def check_two_of_four(kernel, case, **how):
+    random = np.random.default_rng(case.k)
+    weight = random.standard_normal((case.k, case.c, *case.kernel)) / (9 * case.c) ** 0.5
+    fours = np.pad(weight, ((0, 0), (0, -case.c % 4), (0, 0), (0, 0)))
+    fours = fours.reshape(case.k, -1, 4, *case.kernel)
+    kept = random.permuted(np.broadcast_to(np.arange(4)[:, None, None], fours.shape), axis=2) < 2
+    kept[:, 0] = False  # none of four, and one
+    kept[:, -1, 1:] = False
+    weight = (fours * kept).reshape(case.k, -1, *case.kernel)[:, : case.c]
+    weight = encoded(weight, case.dtype)[1]
+    values, metadata = (t.numpy() for t in ops.pack_two_of_four(weight))
+    fields = {
+        "input": None,
+        "values": In(encoded(values, case.dtype)[0]),
+        "metadata": In(metadata),
+    }
+    launch(kernel, "pywino_sparse_conv_two_of_four", case, weight, fields, **how)
+
+
+def launch(kernel, launcher, case, weight, fields, **how):
+    """Launches a kernel with its own fields of the struct, and looks at the output."""
+    random = np.random.default_rng(case.c)
+    x, numbers = encoded(random.standard_normal((case.n, case.h, case.w, case.c)), case.dtype)
+    bias = random.standard_normal(case.k).astype(np.float32)
+
+    where = (case.stride, case.padding, case.dilation)
+    exact = reference.sparse_conv2d(
+        numbers.double().permute(0, 3, 1, 2),
+        weight.double(),
+        torch.from_numpy(bias).double() if case.bias else None,
+        *where,
+    )
+    exact = exact.permute(0, 2, 3, 1).numpy()
+    y = np.empty(exact.shape, x.dtype)
+    sizes = (case.n, case.c, case.h, case.w, case.k, *case.kernel)
+    fields = {
+        **{f"size{i}": c_int64(s) for i, s in enumerate(sizes)},
+        **{f"where{i}": c_int64(s) for i, s in enumerate(s for pair in where for s in pair)},
+        "last": c_bool(True),
+        "dtype": c_int(DTYPES[case.dtype.removeprefix("t")]),
+        **fields,
+        "input": In(x),
+        "bias": In(bias) if case.bias else None,
+        "output": Out(y),
+    }
+    kernel.call(launcher, Struct(fields), None, **how)
+    assert np.linalg.norm(decode(y) - exact) <= BOUND[case.dtype] * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(emulate, run, case):
+    mode, schedule = run
+    check_forward(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+TWO_OF_FOUR = [
+    Case(),
+    Case(n=1, c=136, h=7, w=19, k=140, dtype="bf16"),  # several blocks of channels and pixels
+    Case(k=13, c=24, kernel=(5, 2), stride=(1, 3), padding=(2, 1), dilation=(2, 1), bias=False),
+]
+
+
+@pytest.mark.parametrize("case", TWO_OF_FOUR, ids=str)
+def test_two_of_four(emulate, run, case):
+    mode, schedule = run
+    check_two_of_four(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+def test_what_is_not_two_of_four():
+    weight = torch.ones(4, 8, 1, 1)
+    weight[:, ::2] = 0
+    assert ops.pack_two_of_four(weight) is not None
+    weight[3, 6] = 1
+    assert ops.pack_two_of_four(weight) is None
+
+
+MUTATE = [
+    Recipe(
+        CSRC / "core" / "sparse_conv" / "cuda.cu",
+        [functools.partial(check_forward, case=case) for case in CASES],
+    ),
+    Recipe(
+        CSRC / "core" / "sparse_conv" / "cuda_two_of_four.cu",
+        [functools.partial(check_two_of_four, case=case) for case in TWO_OF_FOUR],
+        headers=[CSRC / "core" / "common" / "sparse_gemm.cuh"],
+    ),
+]
