@@ -85,8 +85,6 @@ class Recipe:
             self._refuse("held_out", "between 0 and 1")
         if self.limit is not None and self.limit < 2:
             self._refuse("limit", "None or at least 2")
-        if self.width != 1 and self.model not in _WITH_WIDTH:
-            self._refuse("width", f"1 for {self.model}")
         rising = all(a < b for a, b in itertools.pairwise((0, *self.sparsity, 1)))
         if not rising:
             self._refuse("sparsity", "rising numbers between 0 and 1")
@@ -129,6 +127,8 @@ class Recipe:
         options = {"dropout": self.dropout, "tile": self.tile}
         if self.model in _WITH_WIDTH:
             options["width"] = self.width
+        elif self.width != 1:  # of a stack it is the width of two members
+            self._refuse("width", f"1 for {self.model}")
         net = MODELS[self.model](num_classes, in_channels, self.conv, **options)
         return net if self.init is None else models.load_weights(net, self.init)
 

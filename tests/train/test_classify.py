@@ -51,6 +51,7 @@ RECIPE = Recipe(model="all_cnn_c", width=0.1, dropout=0.1, epochs=3, batch_size=
 """
 namespace = {}
 exec(SETUP, namespace)
+MEMBERS = ("resnet32", "convpool_cnn_c", "all_cnn_c")
 DATA, RECIPE = namespace["DATA"], namespace["RECIPE"]
 
 
@@ -294,6 +295,18 @@ def test_the_checkpoint_carries_the_plan(tmp_path, monkeypatch):
     assert "PYWINO_PLAN" not in os.environ
 
 
+def test_a_model_without_a_width():
+    with pytest.raises(ValueError, match=r"width must be 1 for alexnet, got 0.1"):
+        recipe(model="alexnet").build(3, 1)
+
+
+def test_the_width_of_a_stack_is_that_of_two_members(tmp_path):
+    own = recipe(model="resnet32", epochs=1, limit=64, width=0.05)
+    classify_stack(own, tmp_path, data=DATA)
+    widths = [json.loads((tmp_path / n / "recipe.json").read_text())["width"] for n in MEMBERS]
+    assert widths == [1.0, 0.05, 0.05]
+
+
 def test_stack(tmp_path):
     result = classify_stack(recipe(epochs=2), tmp_path, data=DATA)
     assert result["members"] == ["all_cnn_c", "convpool_cnn_c"]
@@ -315,7 +328,6 @@ def test_stack(tmp_path):
         ({"data": "cifar10", "root": None}, "root must be the folder or archive"),
         ({"held_out": 0.0}, "held_out must be between 0 and 1"),
         ({"limit": 1}, "limit must be None or at least 2"),
-        ({"model": "alexnet"}, "width must be 1 for alexnet, got 0.1"),
     ],
 )
 def test_recipes_that_are_refused(changes, message):
