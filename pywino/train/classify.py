@@ -92,7 +92,8 @@ class _Run(Run):
             _near(images, device) for images in (*_prepared(train, test, recipe), test)
         )
         torch.manual_seed(recipe.seed)
-        self.net = recipe.build(len(train.classes), train.images.shape[1]).to(device)
+        net = recipe.build(len(train.classes), train.images.shape[1])
+        self.net = net.to(device, memory_format=torch.channels_last)
         self.networks = {"model": self.net}
         self.pruner = recipe.pruner(self.net)
         if self.pruner is not None:
