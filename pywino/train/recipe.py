@@ -75,7 +75,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "sparsity", tuple(self.sparsity))  # TOML and JSON have lists
+        if isinstance(self.sparsity, list):  # TOML and JSON have these
+            object.__setattr__(self, "sparsity", tuple(self.sparsity))
         for name, known in (("data", DATA), ("model", tuple(MODELS))):
             if getattr(self, name) not in known:
                 self._refuse(name, f"one of {', '.join(known)}")
@@ -85,8 +86,10 @@ class Recipe:
             self._refuse("held_out", "between 0 and 1")
         if self.limit is not None and self.limit < 2:
             self._refuse("limit", "None or at least 2")
-        rising = all(a < b for a, b in itertools.pairwise((0, *self.sparsity, 1)))
-        if not rising:
+        numbers = isinstance(self.sparsity, tuple) and all(
+            isinstance(s, int | float) for s in self.sparsity
+        )
+        if not numbers or any(a >= b for a, b in itertools.pairwise((0, *self.sparsity, 1))):
             self._refuse("sparsity", "rising numbers between 0 and 1")
         if self.prune_epochs < 1:
             self._refuse("prune_epochs", "1 or more")

@@ -440,11 +440,27 @@ def test_a_pruned_stack_from_a_stack(tmp_path):
         assert all(bool(w.ne(0).all()) for w in state.values() if w.shape[-2:] == (1, 1))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("conv", ["dense", "winograd_relu"])
+def test_pruning_on_a_gpu(tmp_path, conv):
+    """Killed in a round and resumed, it has its zeros and learns; bits are no promise there."""
+    own = recipe(conv=conv, epochs=2, sparsity=(0.5,))
+    options = {"data": DATA, "device": "cuda", "resume": True, "checkpoint_seconds": 0}
+    with pytest.raises(KeyboardInterrupt):
+        classify(own, tmp_path, listener=_Kill(2), **options)
+    rows = classify(own, tmp_path, **options)
+    assert rows[-1]["test_accuracy"] > 0.6
+    assert zeros(tmp_path / "sparsity-50.safetensors", conv) == pytest.approx([0.5] * 6, abs=5e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sparsity": (0.6, 0.3)}, "sparsity must be rising numbers between 0 and 1"),
         ({"sparsity": (0.3, 1.0)}, "sparsity must be rising numbers between 0 and 1"),
+        ({"sparsity": 0.3}, "sparsity must be rising numbers between 0 and 1, got 0.3"),
+        ({"sparsity": ["30 %"]}, "sparsity must be rising numbers between 0 and 1"),
         ({"sparsity": (0.3,), "prune_epochs": 0}, "prune_epochs must be 1 or more"),
         ({"sparsity": (0.3,), "pattern": "stripes"}, "pattern must be one of unstructured, blocks"),
         ({"epochs": 0}, "epochs must be 1 or more, or 0 with sparsity"),
