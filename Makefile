@@ -39,6 +39,15 @@ gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benches/gpu/check.py --out "$(OUT)" \
 	  $(if $(DRY),--dry-run) $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET))
 
+# make gpu-train OUT=folder [DRY=1] [RUNS=a,b] [BUDGET=seconds] [DATA=folder] [RESUME=folder] [MOST=MiB]:
+# the training runs, on a GPU (docs/gpu_train.md).
+.PHONY: gpu-train
+gpu-train:
+	@test -n "$(OUT)" || { echo "type: make gpu-train OUT=folder"; exit 1; }
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benches/gpu/train.py --out "$(OUT)" \
+	  $(if $(DRY),--dry-run) $(if $(RUNS),--runs $(RUNS)) $(if $(BUDGET),--budget $(BUDGET)) \
+	  $(if $(DATA),--data "$(DATA)") $(if $(RESUME),--resume "$(RESUME)") $(if $(MOST),--most $(MOST))
+
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
 	rm -f pywino/*.so pywino/_build.json

@@ -229,6 +229,8 @@ def compare(benchmark, request):
         checked that returns None.
     calls: so many calls make one sample, for what takes microseconds.
     overhead: say how many microseconds more (+) or less (-) ours takes.
+    rounds: the least; fewer for what takes seconds.
+    extra: a function of the milliseconds by contender that gives more columns of the row.
     note: a line below the table.
     """
 
@@ -244,6 +246,8 @@ def compare(benchmark, request):
         same=True,
         calls=1,
         overhead=False,
+        rounds=_ROUNDS[0],
+        extra=lambda ms: {},
         note="",
     ):
         denominator = tuple(denominator or peers)
@@ -255,11 +259,12 @@ def compare(benchmark, request):
         contenders = {"ours": candidates[chosen], **peers}
         if calls > 1:
             contenders = {name: _repeat(function, calls) for name, function in contenders.items()}
-        samples = _interleave(benchmark, contenders)
+        samples = _interleave(benchmark, contenders, rounds)
         if samples is None:  # --benchmark-disable: the errors were the test
             return
 
         ms = {name: 1e3 * _estimate(s) / calls for name, s in samples.items()}
+        columns = extra(ms)
         base = min(denominator, key=ms.get)
         name = _row_name(request.node)
         row = {
@@ -272,6 +277,7 @@ def compare(benchmark, request):
             "peers_error": {name: errors[name] for name in peers if name in errors},
             "rounds": len(samples["ours"]),
             "clean": min(sum(clean for _, clean in s) for s in samples.values()),
+            "extra": columns,
             "note": note,
             "environment": _environment(),
         }
@@ -371,7 +377,7 @@ def _sample(function) -> tuple[float, bool]:
     return seconds, watch.clean
 
 
-def _interleave(benchmark, contenders) -> dict[str, list[tuple[float, bool]]] | None:
+def _interleave(benchmark, contenders, least) -> dict[str, list[tuple[float, bool]]] | None:
     """One sample of each peer, then one of ours, taken by pytest-benchmark, and so on; name ->
     [(seconds, clean)]."""
     ours = contenders["ours"]
@@ -382,7 +388,7 @@ def _interleave(benchmark, contenders) -> dict[str, list[tuple[float, bool]]] | 
     for function in contenders.values():
         function()
     once = sum(_sample(function)[0] for function in contenders.values())
-    rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(_BUDGET_S / once)))
+    rounds = max(least, min(_ROUNDS[1], int(_BUDGET_S / once)))
 
     samples = {name: [] for name in peers}
     clean = []

@@ -4,7 +4,8 @@
     python benches/tables.py README.md docs/*.md [--results benches/results/<cpu>] [--check]
 
 fills everything between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is a table's (a file
-of the results folder), or `summary`: one line a table. Nothing in these places is typed by hand.
+of the results folder), `summary`: one line a table, or one of benches/runs.py's. Nothing in these
+places is typed by hand.
 """
 
 import argparse
@@ -16,16 +17,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import runs
+
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.S)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file such that a reader or an interruption sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -66,6 +69,7 @@ def markdown(content: dict) -> str:
     """The table of one result file: a row a layer, losses kept, a line with the means below."""
     rows = content["rows"]
     peers = list(dict.fromkeys(name for row in rows.values() for name in row["peers_ms"]))
+    extra = list(dict.fromkeys(name for row in rows.values() for name in row.get("extra", ())))
     head = [
         "layer",
         "algorithm",
@@ -74,6 +78,7 @@ def markdown(content: dict) -> str:
         "ratio",
         "error",
         "PyTorch's error",
+        *extra,
     ]
     lines = [
         f"**{content['table']}**: {content['title']}",
@@ -91,6 +96,7 @@ def markdown(content: dict) -> str:
         cells = [name, row["algorithm"], _number(row["ms"])]
         cells += [_number(row["peers_ms"].get(peer)) for peer in peers]
         cells += [ratio, _number(row["error"], 2), _number(against, 2)]
+        cells += [row.get("extra", {}).get(name, "") for name in extra]
         lines.append(f"| {' | '.join(cells)} |")
     machine, environment = content["machine"], next(iter(rows.values()))["environment"]
     lines += ["", _summary_line(rows) + "."]
@@ -146,6 +152,8 @@ def fill(text: str, folder: Path | None) -> str:
 
     def table(match: re.Match) -> str:
         name = match[2]
+        if name in runs.TABLES:
+            return f"{match[1]}{runs.markdown(name)}\n{match[3]}"
         contents = (
             [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
             if folder

@@ -135,6 +135,49 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+# ------------------------------------------------------------------------------- seconds per epoch
+
+
+def test_seconds_per_epoch_stand_beside_the_papers(monkeypatch):
+    epochs = load("epochs")
+    assert epochs.GROWN == 448  # 128 (1 - 0.9) / (1 - 0.9731) = 476, in steps of 32
+    built = []
+    monkeypatch.setattr(epochs, "_step", lambda *arguments: built.append(arguments))
+    seen = {}
+
+    def compare(ours, peers, *, extra, **options):
+        seen.update(options, ours=list(ours), peers=list(peers), extra=extra)
+
+    epochs.compare_epochs(compare, False, "alexnet", epochs.BATCHES[0])
+    assert ("alexnet", "all_cnn_c", "winograd_relu", 64, 0) in built
+    assert len(built) == 1 + 3 + 3
+    assert seen["denominator"] == ("SC-CNN",)
+    # 60000 images are 937.5 steps of 64.
+    assert seen["extra"]({"ours": 1000.0, "C-CNN": 320.0, "SC-CNN": 2000.0}) == {
+        "C-CNN s/epoch (the paper)": "300 (20)",
+        "SC-CNN s/epoch (the paper)": "1.88e+03 (53)",
+        "SWR-CNN s/epoch (the paper)": "938 (24)",
+    }
+    built.clear()
+    epochs.compare_epochs(compare, True, "vgg16", epochs.SPARSITIES[-1])
+    assert built[-1] == ("vgg16", "all_cnn_c", "winograd_relu", 448, 80)
+    ms = {"ours": 1.0, "C-CNN": 1.0, "SC-CNN": 1.0, "SWR-CNN + DBS": 448.0}
+    columns = seen["extra"](ms)
+    assert columns["SWR-CNN + DBS s/epoch (the paper)"] == "50 (12)"
+    assert columns["SWR-CNN s/epoch (the paper)"] == "0.391 (17)"
+    assert "2.86×" in seen["note"]
+    epochs.compare_epochs(compare, True, "resnet32", epochs.BATCHES[-1])
+    assert built[-1] == ("resnet32", "all_cnn_c", "winograd_relu", 448, 0)
+
+
+def test_the_papers_tables_are_whole():
+    epochs = load("epochs")
+    for (model, by), table in epochs.PAPER.items():
+        rows = epochs.SPARSITIES if by == "sparsity" else epochs.BATCHES
+        assert list(table) == [row.value for row in rows], model
+        assert {len(figures) for figures in table.values()} == {4 if by == "sparsity" else 3}
+
+
 # ---------------------------------------------------------------------------------------- compare
 
 # The clock of these benches: time passes where something sleeps, and a little at each look, since
@@ -183,6 +226,11 @@ def test_plain(compare):
 def test_calls(compare):
     compare(sleep(1), {"p": sleep(2)}, calls=5, overhead=True)
 
+@pytest.mark.benchmark(group="more")
+def test_more(compare):
+    compare(sleep(1000), {"p": sleep(2000)}, rounds=3,
+            extra=lambda ms: {"s each (theirs)": f"{ms['ours'] / 1e3:g} ({ms['p'] / 1e3:g})"})
+
 @pytest.mark.benchmark(group="wrong")
 def test_wrong(compare):
     compare(sleep(1, error=1e-3), {"p": sleep(1)}, reference=exact, limit=1e-5)
@@ -219,7 +267,7 @@ def test_long(compare):
 def tiny(tmp_path_factory):
     """A run of the tiny bench: (its output, folder of results, saved JSON of pytest-benchmark)."""
     folder = tmp_path_factory.mktemp("benches")
-    for name in ("conftest.py", "tables.py"):
+    for name in ("conftest.py", "tables.py", "runs.py"):
         shutil.copy(BENCHES / name, folder)
     (folder / "bench_tiny.py").write_text(TINY)
     (folder / "clock.py").write_text(CLOCK)
@@ -293,6 +341,15 @@ def test_calls_are_divided(tiny):
     assert calls["ms"] == pytest.approx(1, rel=1e-3)
     assert calls["ratio"] == pytest.approx(2, rel=1e-3)
     assert calls["note"] == "calls: -1000.0 µs a call."
+
+
+def test_a_row_may_have_columns_and_rounds_of_its_own(tiny):
+    (more,) = rows(tiny, "more").values()
+    assert more["rounds"] == 3
+    assert more["peers_ms"] == pytest.approx({"p": 2000}, rel=1e-3)
+    text = (tiny[1] / "more.md").read_text()
+    assert "| error | PyTorch's error | s each (theirs) |" in text
+    assert "| 1 (2) |" in text
 
 
 def test_errors_come_before_times(tiny):

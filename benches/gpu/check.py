@@ -389,12 +389,18 @@ def probe() -> dict:
     """What torch sees, asked in another process."""
     code = (
         "import json, torch; c = torch.cuda.is_available(); print(json.dumps({'torch': torch."
-        "__version__, 'capability': torch.cuda.get_device_capability() if c else None}))"
+        "__version__, 'capability': torch.cuda.get_device_capability() if c else None, "
+        "'name': torch.cuda.get_device_name() if c else None}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"gpu-check: {sys.executable} cannot import torch:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def architecture(capability: list[int]) -> str:
+    """For TORCH_CUDA_ARCH_LIST. The "a" adds what only this architecture has (wgmma)."""
+    return f"{capability[0]}.{capability[1]}" + "a" * (capability[0] >= 9)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -415,10 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"gpu-check: torch {seen['torch']} sees no CUDA device; it must be run where there is "
             "one, or with --dry-run (make gpu-check DRY=1)"
         )
-    architecture = None
-    if capability and not options.dry_run:  # the "a" adds what only this architecture has (wgmma)
-        architecture = f"{capability[0]}.{capability[1]}" + "a" * (capability[0] >= 9)
-    chosen = stages(options.dry_run, architecture)
+    chosen = stages(options.dry_run, None if options.dry_run else architecture(capability))
     if options.stages:
         names = options.stages.split(",")
         unknown = sorted(set(names) - {stage.name for stage in chosen})

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pywino import train as training
-from pywino.train.recipe import DATA, MODELS, Recipe, read_toml
+from pywino.train.recipe import DATA, MODELS, PATTERNS, Recipe, read_toml
 from pywino.train.run import Listener
 
 _DEFAULTS = Recipe().as_dict()
@@ -55,11 +55,26 @@ class _Bar(Listener):
         self.progress.stop()
 
 
+class _Sparsities(click.ParamType):
+    """.3,.6,.8 -> (0.3, 0.6, 0.8)"""
+
+    name = "S,S,…"
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} must be numbers with commas, as in .3,.6,.8", param, context)
+
+
 def _classified(row: dict) -> str:
+    zeros = f"{row['sparsity']:.0%} zeros, " if "sparsity" in row else ""
     return (
         f"loss {row['loss']:.4f}, held out {row['held_out_accuracy']:.2%}, "
         f"test {row['test_accuracy']:.2%}, batch {row['batch_size']}, lr {row['lr']:.4g}, "
-        f"momentum {row['momentum']:.4f}, {row['phase']}"
+        f"momentum {row['momentum']:.4f}, {zeros}{row['phase']}"
     )
 
 
@@ -192,7 +207,8 @@ def _fields(recipe_class: type) -> Callable:
 def _option(name, *flags, **options):
     """An option for a field of Recipe, with its default."""
     flags = flags or (f"--{name.replace('_', '-')}",)
-    return click.option(*flags, name, default=_DEFAULTS[name], show_default=True, **options)
+    default = _DEFAULTS[name]
+    return click.option(*flags, name, default=default, show_default=default != (), **options)
 
 
 @train.command("classify")
@@ -221,11 +237,18 @@ def _option(name, *flags, **options):
 @_option("limit", type=int, help="Training images to use.")
 @_option("amp", "--amp/--no-amp", help="Forward passes in bfloat16.")
 @_option("micro_batch", type=int, help="Samples that are computed at once.")
+@_option("init", help="Weights to start from; with --stack the folder of one.")
+@_option("sparsity", type=_Sparsities(), help="Prune to these in turn, after --epochs.")
+@_option("prune_epochs", type=int, help="Epochs after each pruning.")
+@_option("pattern", type=click.Choice(list(PATTERNS)), help="Of the zeros.")
 @_option("seed", type=int)
 @click.option("--stack", is_flag=True, help="Also ConvPool-CNN-C and All-CNN-C, and their mean.")
+@click.option("--plot-kernels", is_flag=True, help="Draw kernels, at each sparsity.")
 @_run_options
 @click.pass_context
-def classify(context: click.Context, config: Path | None, stack: bool, **values) -> None:
+def classify(
+    context: click.Context, config: Path | None, stack: bool, plot_kernels: bool, **values
+) -> None:
     """Train an image classifier into a folder, with log, curves and checkpoints.
 
     A run that was interrupted goes on exactly where it was: the same line with --resume. torchrun
@@ -233,6 +256,7 @@ def classify(context: click.Context, config: Path | None, stack: bool, **values)
     """
     with _running(values, _classified) as (out, console, listen, options):
         recipe = _recipe(Recipe, context, config, values)
+        options["plot_kernels"] = plot_kernels
         if stack:
             result = training.classify_stack(recipe, out, listen=listen, **options)
             weights = ", ".join(

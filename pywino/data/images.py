@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Images and their labels in memory."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -52,9 +53,16 @@ class Images(Dataset):
         self, indices: Sequence[int] | Tensor, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) float32 and (B,) int64 of these images."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         images, labels = self.images[indices].to(device), self.labels[indices].to(device)
         return self._normalised(images), labels
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same images on a device, where `batch` then gathers them."""
+        moved = copy.copy(self)
+        for name in ("images", "labels", "mean", "std"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
     def _normalised(self, images):
         mean, std = (t.to(images.device).view(-1, 1, 1) for t in (self.mean, self.std))

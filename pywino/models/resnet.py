@@ -92,8 +92,9 @@ class _BasicBlock(nn.Module):
         x = F.relu(input)
         y = self.bn1(self.conv1(input if self.relu_inside else x))
         y = self.bn2(self.conv2(y if self.relu_inside else F.relu(y)))
-        shortcut = F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        return y + shortcut
+        if self.stride > 1 or self.more:  # a pad of nothing would copy
+            x = F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        return y + x
 
 
 class CIFARResNet(nn.Module):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A classifier's training run."""
 
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from pywino.optim import (
     MicroBatches,
 )
 from pywino.train.checkpoint import write_whole
+from pywino.train.curves import write_kernels
 from pywino.train.recipe import Recipe
 from pywino.train.run import Listener, Run, connected, own_plan, total
 
@@ -40,6 +42,7 @@ def classify(
     checkpoint_seconds: float = 60.0,
     timeout_seconds: float = 300.0,
     listener: Listener | None = None,
+    plot_kernels: bool = False,
 ) -> list[dict]:
     """Trains by the recipe into the folder `out`, and returns a row an epoch.
 
@@ -47,19 +50,30 @@ def classify(
     `out` was, from the start if there is none; without it a folder that has a run is refused.
     checkpoint_seconds: the least time between two checkpoints inside an epoch (0: after each step);
     one is written after each epoch in any case. timeout_seconds: how long a rank waits for others.
+    plot_kernels: draw kernels of the second layer at the end, at each sparsity (`write_kernels`).
 
     Started by torchrun it trains on all ranks: the batch size is that of all together, rank 0
     writes the files, and checkpoints are written after epochs only.
 
     A row has epoch, phase, loss (of training), held_out_accuracy, test_accuracy, lr, momentum,
-    batch_size (at the end of the epoch), steps and seconds (of training alone).
+    batch_size (at the end of the epoch), steps and seconds (of training alone); with
+    `recipe.sparsity` the sparsity of the pruned layers too. Then best.safetensors is the best of
+    the present sparsity, and sparsity-30.safetensors, say, has the weights after the last epoch
+    with that many per cent of zeros.
 
     Raises FloatingPointError when the loss is no number; the last checkpoint stays, and it is one
     of finite weights."""
+    if plot_kernels and importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(
+            "pywino.train: plot_kernels needs matplotlib; type `pip install matplotlib`"
+        )
     out = Path(out)
     with connected(device, timeout_seconds) as (rank, ranks, device), own_plan(out, ranks):
         run = _Run(recipe, out, data, device, rank, ranks, listener or Listener())
-        return run.train(resume, checkpoint_seconds)
+        rows = run.train(resume, checkpoint_seconds)
+        if plot_kernels and rank == 0:
+            write_kernels(out, run.net)
+        return rows
 
 
 class _Run(Run):
@@ -73,11 +87,17 @@ class _Run(Run):
     def __init__(self, recipe, out, data, device, rank, ranks, listener):
         super().__init__(recipe, out, device, rank, ranks, listener)
         self.title = f"{recipe.model}, {recipe.conv}, {recipe.data}, seed {recipe.seed}"
-        train, self.test = recipe.read_data() if data is None else data
-        self.images, self.held_out = _prepared(train, self.test, recipe)
+        train, test = recipe.read_data() if data is None else data
+        self.images, self.held_out, self.test = (
+            _near(images, device) for images in (*_prepared(train, test, recipe), test)
+        )
         torch.manual_seed(recipe.seed)
-        self.net = recipe.build(len(train.classes), train.images.shape[1]).to(device)
+        net = recipe.build(len(train.classes), train.images.shape[1])
+        self.net = net.to(device, memory_format=torch.channels_last)
         self.networks = {"model": self.net}
+        self.pruner = recipe.pruner(self.net)
+        if self.pruner is not None:
+            self.panels = self.panels | {"sparsity": ("sparsity",), "loss": ("loss",)}
         torch.manual_seed(recipe.seed + rank)  # dropout differs between ranks
         model = nn.parallel.DistributedDataParallel(self.net) if ranks > 1 else self.net
         self.opt = DynamicBatchSGDM(
@@ -89,7 +109,7 @@ class _Run(Run):
         )
         self.sampler = DynamicBatchSampler(self.images, self.opt, seed=recipe.seed)
         self.control = DynamicBatchController(
-            self.opt, recipe.epochs, every=recipe.every, k=recipe.k, grow=recipe.dynamic_batch
+            self.opt, recipe.all_epochs, every=recipe.every, k=recipe.k, grow=recipe.dynamic_batch
         )
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp)
         self.micro = MicroBatches(model, F.cross_entropy, recipe.micro_batch, lambda: autocast)
@@ -99,11 +119,21 @@ class _Run(Run):
     def done(self):
         return self.control.done
 
+    def _prune(self):
+        """Prunes to what is due in this epoch: at its start, once."""
+        pruned_epochs = self.control.epoch - self.recipe.epochs
+        if self.pruner is None or pruned_epochs < 0:
+            return
+        while self.pruner.position <= pruned_epochs // self.recipe.prune_epochs:
+            self.pruner.step()
+            self.best = -math.inf  # a network with fewer zeros is no rival
+
     def batches(self):
+        self._prune()
         self.net.train()
         group = self.opt.param_groups[0]
         consumed = self.sampler.consumed if self.sampler.epoch == self.control.epoch else 0
-        self.listener.begin(self.control.epoch, self.recipe.epochs, len(self.images), consumed)
+        self.listener.begin(self.control.epoch, self.control.epochs, len(self.images), consumed)
         for indices in self.sampler:
             x, y = self.images.batch(indices, self.device)
             if self.recipe.augment:
@@ -128,6 +158,13 @@ class _Run(Run):
             "test_accuracy": test,
             **{name: decided[name] for name in ("lr", "momentum", "batch_size")},
         }
+        self.keep = None
+        if self.pruner is not None:
+            row["sparsity"] = self.pruner.sparsity
+            trained = self.control.epoch - self.recipe.epochs  # epochs since the first pruning
+            if trained >= 0 and trained % self.recipe.prune_epochs == 0:
+                per_cent = 100 * self.recipe.sparsity[self.pruner.position - 1] if trained else 0
+                self.keep = f"sparsity-{per_cent:g}"
         improved = held_out > self.best
         self.best = max(held_out, self.best)
         return row, improved
@@ -149,6 +186,7 @@ class _Run(Run):
             "sampler": self.sampler.state_dict(),
             "controller": self.control.state_dict(),
             "micro_batch": self.micro.size,
+            "pruner": self.pruner and self.pruner.state_dict(),
         }
 
     def set_state(self, state):
@@ -156,6 +194,8 @@ class _Run(Run):
         self.sampler.load_state_dict(state["sampler"])
         self.control.load_state_dict(state["controller"])
         self.micro.size = state["micro_batch"]
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
 
 
 def _prepared(train: Images, test: Images, recipe: Recipe) -> tuple[Images, Images]:
@@ -171,6 +211,13 @@ def _prepared(train: Images, test: Images, recipe: Recipe) -> tuple[Images, Imag
     held_out.normalise_(rest)
     test.normalise_(rest)
     return rest, held_out
+
+
+def _near(images: Images, device: torch.device) -> Images:
+    """In the GPU's memory, where a quarter of what is free holds them: no copy in any step."""
+    if device.type != "cuda" or images.images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return images
+    return images.to(device)
 
 
 def _augmented(x: Tensor) -> Tensor:
@@ -217,12 +264,13 @@ def classify_stack(
     members += [name for name in STACK if name != recipe.model]
     for name in members:
         width = recipe.width if name in STACK else 1.0
-        own = replace(recipe, model=name, width=width)
+        init = recipe.init and str(Path(recipe.init) / name / "last.safetensors")
+        own = replace(recipe, model=name, width=width, init=init)
         rows = classify(
             own, out / name, data=(train, test), device=device, listener=listen(name), **options
         )
         test_accuracy[name] = rows[-1]["test_accuracy"]
-        network = own.build(len(train.classes), train.images.shape[1])
+        network = replace(own, init=None).build(len(train.classes), train.images.shape[1])
         network.load_state_dict(load_file(out / name / "last.safetensors"))
         networks.append(network.to(device).eval())
     stack = WeightedAverageStack(networks).to(device).eval()

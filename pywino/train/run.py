@@ -63,6 +63,7 @@ class Run:
     title = ""
     metadata: dict[str, str] = {}  # noqa: RUF012  of the files of weights
     panels: dict[str, tuple[str, ...]]
+    keep: str | None = None  # a name, set by close(): the weights of this epoch stay in that file
 
     def __init__(self, recipe, out, device, rank, ranks, listener):
         self.recipe, self.out, self.listener = recipe, out, listener
@@ -126,6 +127,8 @@ class Run:
             write_whole(self.out / "last.safetensors", weights)
             if improved:
                 write_whole(self.out / "best.safetensors", weights)
+            if self.keep:
+                write_whole(self.out / f"{self.keep}.safetensors", weights)
             self._write_rows()
         self.save()  # last: what a kill before this leaves half done is done again
         self.listener.end(row)

@@ -26,6 +26,16 @@ def test_one_and_many_are_alike():
     assert labels.tolist() == [0, 1, 2, 0]
 
 
+def test_batches_are_made_where_the_images_are():
+    here = images(12)
+    there = here.to("meta")
+    x, y = there.batch([3, 1])
+    assert (x.device.type, y.device.type) == ("meta", "meta")
+    assert x.shape == (2, *here.images.shape[1:])
+    assert here.images.device.type == "cpu"
+    assert there.mean.device.type == "meta"
+
+
 def test_statistics():
     data = images()
     assert torch.equal(data[0][0], data.images[0] / 255)

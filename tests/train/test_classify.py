@@ -4,6 +4,7 @@ and what they refuse."""
 
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -16,10 +17,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pywino import planner
+from pywino import WinogradReLUConv2d, planner
 from pywino.models import WeightedAverageStack
 from pywino.optim import MicroBatches
-from pywino.train import Recipe, classify, classify_stack, load_checkpoint, save_checkpoint
+from pywino.pruning import Pruner
+from pywino.train import (
+    Listener,
+    Recipe,
+    classify,
+    classify_stack,
+    load_checkpoint,
+    save_checkpoint,
+)
 from pywino.train.run import Run
 
 # Sourced by the processes that are killed too.
@@ -42,6 +51,7 @@ RECIPE = Recipe(model="all_cnn_c", width=0.1, dropout=0.1, epochs=3, batch_size=
 """
 namespace = {}
 exec(SETUP, namespace)
+MEMBERS = ("resnet32", "convpool_cnn_c", "all_cnn_c")
 DATA, RECIPE = namespace["DATA"], namespace["RECIPE"]
 
 
@@ -285,6 +295,18 @@ def test_the_checkpoint_carries_the_plan(tmp_path, monkeypatch):
     assert "PYWINO_PLAN" not in os.environ
 
 
+def test_a_model_without_a_width():
+    with pytest.raises(ValueError, match=r"width must be 1 for alexnet, got 0.1"):
+        recipe(model="alexnet").build(3, 1)
+
+
+def test_the_width_of_a_stack_is_that_of_two_members(tmp_path):
+    own = recipe(model="resnet32", epochs=1, limit=64, width=0.05)
+    classify_stack(own, tmp_path, data=DATA)
+    widths = [json.loads((tmp_path / n / "recipe.json").read_text())["width"] for n in MEMBERS]
+    assert widths == [1.0, 0.05, 0.05]
+
+
 def test_stack(tmp_path):
     result = classify_stack(recipe(epochs=2), tmp_path, data=DATA)
     assert result["members"] == ["all_cnn_c", "convpool_cnn_c"]
@@ -306,10 +328,145 @@ def test_stack(tmp_path):
         ({"data": "cifar10", "root": None}, "root must be the folder or archive"),
         ({"held_out": 0.0}, "held_out must be between 0 and 1"),
         ({"limit": 1}, "limit must be None or at least 2"),
-        ({"model": "alexnet"}, "width must be 1 for alexnet, got 0.1"),
     ],
 )
 def test_recipes_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+# ----------------------------------------------------------------------------------------- pruning
+
+PRUNED = {"epochs": 1, "sparsity": (0.3, 0.8), "prune_epochs": 2}
+
+
+def zeros(path, conv):
+    """Name -> part of zeros, of the layers that are pruned."""
+    model = recipe(conv=conv).build(3, 1)
+    model.load_state_dict(load_file(path))
+    kinds = WinogradReLUConv2d if conv == "winograd_relu" else torch.nn.Conv2d
+    convs = [m for m in model.modules() if isinstance(m, kinds) and m.kernel_size == (3, 3)]
+    if conv == "dense":
+        assert convs.pop(0).weight.ne(0).all()
+    assert len(convs) == 6  # of All-CNN-C's seven; the other two are 1x1
+    return [float((m.weight == 0).double().mean()) for m in convs]
+
+
+@pytest.mark.parametrize("conv", ["dense", "winograd_relu"])
+def test_pruning_rounds(tmp_path, conv):
+    """Each round has its zeros in every layer but the first and the 1x1s, at its end too, and the
+    accuracy comes back."""
+    rows = classify(recipe(conv=conv, **PRUNED), tmp_path, data=DATA)
+    assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.3, 0.3, 0.8, 0.8], abs=2e-3)
+    for per_cent in (0, 30, 80):
+        found = zeros(tmp_path / f"sparsity-{per_cent}.safetensors", conv)
+        assert found == pytest.approx([per_cent / 100] * 6, abs=5e-3)
+    assert zeros(tmp_path / "best.safetensors", conv) == found
+    best = max(rows[3:], key=lambda row: row["held_out_accuracy"])
+    model = recipe(conv=conv).build(3, 1).eval()
+    model.load_state_dict(load_file(tmp_path / "best.safetensors"))
+    x, y = DATA[1].batch(range(60))
+    with torch.no_grad():
+        accuracy = float((model(x).argmax(1) == y).double().mean())
+    assert accuracy == best["test_accuracy"] > 0.8
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pruning_in_blocks_from_weights(tmp_path):
+    """Without an epoch before, from the weights of another run; the first sheet of zeros is made
+    of these."""
+    classify(recipe(epochs=1, width=0.5), tmp_path / "first", data=DATA)
+    init = tmp_path / "first" / "last.safetensors"
+    changes = {"epochs": 0, "sparsity": (0.5,), "pattern": "blocks", "width": 0.5}
+    rows = classify(recipe(init=str(init), **changes), tmp_path / "second", data=DATA)
+    assert len(rows) == 1
+    weight = load_file(tmp_path / "second" / "sparsity-50.safetensors")["features.4.weight"]
+    blocks = (weight[:48] == 0).view(3, 16, 48, 9)
+    assert torch.equal(blocks.all(3).all(1), blocks.any(3).any(1))  # whole or not at all
+    assert 0.4 < float(blocks.double().mean()) < 0.6
+
+
+class _Kill(Listener):
+    """Ends the run in the middle of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def begin(self, epoch, epochs, samples, consumed):
+        self.left = 4 if epoch == self.epoch else math.inf
+
+    def step(self, samples, values):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_pruning_resumes_exactly(tmp_path, monkeypatch):
+    """Killed before, between and in the rounds, it ends with the same bits."""
+    monkeypatch.setenv("PYWINO_PLAN", "static")
+    planner.reset()
+    torch.set_num_threads(1)
+    own = recipe(conv="winograd_relu", **PRUNED)
+    wanted = classify(own, tmp_path / "whole", data=DATA)
+    steps = []
+    step = Pruner.step
+    monkeypatch.setattr(Pruner, "step", lambda self: steps.append(step(self)))
+    for epoch in (0, 1, 2, 3):
+        options = {"data": DATA, "resume": True, "checkpoint_seconds": 0}
+        with pytest.raises(KeyboardInterrupt):
+            classify(own, tmp_path / "run", listener=_Kill(epoch), **options)
+    rows = classify(own, tmp_path / "run", **options)
+    assert without_times(rows) == without_times(wanted)
+    assert steps == pytest.approx([0.3, 0.8], abs=2e-3)  # no pruning was done again
+    names = {path.name for path in (tmp_path / "whole").glob("*.safetensors")}
+    assert names == {
+        f"{n}.safetensors" for n in ("last", "best", *map("sparsity-{}".format, (0, 30, 80)))
+    }
+    for name in names:
+        mine, theirs = (load_file(tmp_path / folder / name) for folder in ("run", "whole"))
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_a_pruned_stack_from_a_stack(tmp_path):
+    first = recipe(epochs=1)
+    classify_stack(first, tmp_path / "first", data=DATA)
+    own = recipe(epochs=0, sparsity=(0.5,), init=str(tmp_path / "first"))
+    result = classify_stack(own, tmp_path / "second", data=DATA)
+    assert result["test_accuracy"] > 1 / 3
+    for member in result["members"]:
+        state = load_file(tmp_path / "second" / member / "sparsity-50.safetensors")
+        found = [float((w == 0).double().mean()) for w in state.values() if w.shape[-2:] == (3, 3)]
+        assert found == pytest.approx([0, *[0.5] * (len(found) - 1)], abs=5e-3)
+        assert all(bool(w.ne(0).all()) for w in state.values() if w.shape[-2:] == (1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("conv", ["dense", "winograd_relu"])
+def test_pruning_on_a_gpu(tmp_path, conv):
+    """Killed in a round and resumed, it has its zeros and learns; bits are no promise there."""
+    own = recipe(conv=conv, epochs=2, sparsity=(0.5,))
+    options = {"data": DATA, "device": "cuda", "resume": True, "checkpoint_seconds": 0}
+    with pytest.raises(KeyboardInterrupt):
+        classify(own, tmp_path, listener=_Kill(2), **options)
+    rows = classify(own, tmp_path, **options)
+    assert rows[-1]["test_accuracy"] > 0.6
+    assert zeros(tmp_path / "sparsity-50.safetensors", conv) == pytest.approx([0.5] * 6, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": (0.6, 0.3)}, "sparsity must be rising numbers between 0 and 1"),
+        ({"sparsity": (0.3, 1.0)}, "sparsity must be rising numbers between 0 and 1"),
+        ({"sparsity": 0.3}, "sparsity must be rising numbers between 0 and 1, got 0.3"),
+        ({"sparsity": ["30 %"]}, "sparsity must be rising numbers between 0 and 1"),
+        ({"sparsity": (0.3,), "prune_epochs": 0}, "prune_epochs must be 1 or more"),
+        ({"sparsity": (0.3,), "pattern": "stripes"}, "pattern must be one of unstructured, blocks"),
+        ({"epochs": 0}, "epochs must be 1 or more, or 0 with sparsity"),
+    ],
+)
+def test_pruning_that_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
 

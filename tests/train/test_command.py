@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,29 @@ def test_stack(pictures, tmp_path):
     assert (tmp_path / "run" / "stack.safetensors").exists()
 
 
+def test_pruning(pictures, tmp_path):
+    """The same from the line and from a file."""
+    config = tmp_path / "recipe.toml"
+    config.write_text("sparsity = [0.3, 0.6]\nprune_epochs = 1\n")
+    arguments = (("--sparsity", ".3,.6"), ("--config", config))
+    for name, own in zip("ab", arguments):
+        line = (*small(pictures, tmp_path / name), "--epochs", 1, *own)
+        result = run(*line)
+        assert result.exit_code == 0, result.output
+        assert "all_cnn_c, epoch 3: loss" in result.output
+        assert "60% zeros" in result.output
+        recipe = json.loads((tmp_path / name / "recipe.json").read_text())
+        assert recipe["sparsity"] == [0.3, 0.6]
+        assert Recipe(**recipe).sparsity == (0.3, 0.6)
+        assert not (tmp_path / name / "kernels.png").exists()
+        assert run(*line, "--resume", "--plot-kernels").exit_code == 0
+        with image.open(tmp_path / name / "kernels.png") as picture:
+            assert picture.size == (3 * 400, 432)  # a panel each for 0, 30 and 60 % of zeros
+    bad = run("--sparsity", ".3;.6", "--out", tmp_path / "c")
+    assert bad.exit_code == 2
+    assert "'.3;.6' must be numbers with commas, as in .3,.6,.8" in bad.output
+
+
 def test_config_file(pictures, tmp_path):
     """The line wins over the file, the file over the defaults."""
     config = tmp_path / "recipe.toml"
@@ -87,7 +111,7 @@ def test_config_file(pictures, tmp_path):
     assert result.exit_code == 0, result.output
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert (recipe["epochs"], recipe["lr"], recipe["width"]) == (1, 0.03, 0.1)
-    assert recipe == Recipe.from_toml(config).as_dict() | {"epochs": 1}
+    assert Recipe(**recipe) == replace(Recipe.from_toml(config), epochs=1)
 
 
 @pytest.mark.parametrize(
