@@ -15,7 +15,7 @@
 //   unstructured  V [xi][slab of n L tiles][C][n L]          M [xi][slab][k][n L]
 //
 // The chunks are shared among the threads (every chunk is the same work, whatever the zeros are). Where there are too few
-// tiles for that, or so many channels that a chunk leaves a thread's scratch, all threads go through each stage of one chunk
+// tiles for that, all threads go through each stage of one chunk
 // together: V[xi] and the filter of xi are then read by one thread, once.
 #include "../common/product.h"
 #include "../common/scratch.h"
