@@ -2,11 +2,13 @@
 """Weights of the Winograd domain, dense and without their zeros."""
 
 import itertools
+import threading
 
 import pytest
 import torch
 from torch.library import opcheck
 
+from pywino import _native as native
 from pywino import testing
 from pywino.ops import _winograd_domain as domain
 from pywino.ops.winograd import winograd_transform_filter
@@ -324,6 +326,46 @@ def test_input_gradient_with_any_number_of_threads(threads):
             assert torch.equal(actual, expected)
     finally:
         torch.set_num_threads(before)
+
+
+def scratch_of(run):
+    """Bytes of scratch that a new thread keeps after `run`, on that thread alone."""
+    kept = []
+
+    def body():
+        run()
+        kept.append(native.host.scratch_bytes())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    return kept[0]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
+@pytest.mark.parametrize(("c", "k"), [(64, 640), (512, 512), (1024, 64)])
+def test_scratch_is_bounded(c, k, how):
+    """4 MB a thread in whole huge pages of 2 MB; the gradient takes 32 tiles of all channels."""
+    input = torch.randn(1, c, 30, 30)
+    weight, grad = pruned(torch.randn(k, c, 6, 6), how), torch.randn(1, k, 30, 30)
+    filter = ops._winograd_sparse_pack(weight, 4, False, how == "blocks")
+    turned = ops._winograd_sparse_pack(weight, 4, True, False)
+    where = ((1, 1), (1, 1))
+    forward = scratch_of(
+        lambda: ops._winograd_forward(input, filter, None, None, k, 4, *where, False, False, False)
+    )
+    assert 0 < forward <= 6 << 20
+    backward = scratch_of(
+        lambda: ops._winograd_domain_backward_input(grad, input, turned, 4, *where, False)
+    )
+    channels = -(-c // 16) * 16 + k
+    assert 0 < backward <= max(4 << 20, 36 * 32 * channels * 4) + (4 << 20)
 
 
 @pytest.mark.native

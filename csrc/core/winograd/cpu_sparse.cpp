@@ -570,9 +570,9 @@ struct SparseInputGradient {
         panel{0, filter.units} {
     const int64_t depth = grad.channels, width = panel.size() * kLanes,
                   room = kScratchPerThread * executor.threads / 4 / A2,
-                  slabs = max<int64_t>(1, room / ((depth + width) * kSlab * kLanes)),
                   grains = ceil_div<int64_t>(grid.tiles, kLanes);
-    chunks = ceil_div(grains, slabs * kSlab);
+    // No fewer than two vectors of tiles: a list that is read for one of them costs as much.
+    chunks = ceil_div(grains, max<int64_t>(2, room / ((depth + width) * kLanes)));
     const int64_t most = ceil_div(grains, chunks) * kLanes;
     stride_d = padded_stride(most * depth);
     stride_p = padded_stride(most * width);
