@@ -28,7 +28,14 @@ DENSE = "F.conv2d computes all products of a dense 3x3 weight: a measure of time
 PACKED = "The filter is packed before: the layer keeps it (inference)."
 
 _VGG_B1 = tuple(layer for layer in VGG if layer.n == 1)
-_BREAK_EVEN = tuple(layer for layer in _VGG_B1 if layer.c in (128, 512) and layer.h != 14)
+# What a short run keeps: a large, a middle and a small layer of many channels, and few channels.
+_SHORT = tuple(
+    layer
+    for layer in UNDILATED
+    if layer.name
+    in {"vgg-64x224-b1", "vgg-256x56-b1", "vgg-512x14-b1", "cifar-64x8-b128", "sap-32x481x321-d1"}
+)
+_SHORTEST = tuple(layer for layer in _SHORT if layer.c == 256)
 
 
 def _mask(size: torch.Size, sparsity: int, pattern: str, seed: int = 1) -> Tensor:
@@ -93,7 +100,7 @@ def _compare_domain(compare, layer, sparsity, how, peer=False):
 
 
 @pytest.mark.benchmark(group="sparse_winograd_unstructured_80")
-@pytest.mark.layers(full=UNDILATED, default=UNDILATED)
+@pytest.mark.layers(full=UNDILATED, default=_SHORT)
 @torch.inference_mode()
 def test_winograd_unstructured_80(compare, native, layer):
     """F(4x4,3x3), 80 % of the Winograd-domain weights zero anywhere, channels_last, against dense
@@ -102,7 +109,7 @@ def test_winograd_unstructured_80(compare, native, layer):
 
 
 @pytest.mark.benchmark(group="sparse_winograd_unstructured_90")
-@pytest.mark.layers(full=UNDILATED, default=UNDILATED)
+@pytest.mark.layers(full=UNDILATED, default=_SHORTEST)
 @torch.inference_mode()
 def test_winograd_unstructured_90(compare, native, layer):
     """F(4x4,3x3), 90 % of the Winograd-domain weights zero anywhere, channels_last, against dense
@@ -111,7 +118,7 @@ def test_winograd_unstructured_90(compare, native, layer):
 
 
 @pytest.mark.benchmark(group="sparse_winograd_blocks_80")
-@pytest.mark.layers(full=UNDILATED, default=UNDILATED)
+@pytest.mark.layers(full=UNDILATED, default=_SHORTEST)
 @torch.inference_mode()
 def test_winograd_blocks_80(compare, native, layer):
     """F(4x4,3x3), 80 % of the blocks of 16 output x 1 input channel zero, channels_last, against
@@ -120,7 +127,7 @@ def test_winograd_blocks_80(compare, native, layer):
 
 
 @pytest.mark.benchmark(group="sparse_winograd_blocks_90")
-@pytest.mark.layers(full=UNDILATED, default=UNDILATED)
+@pytest.mark.layers(full=UNDILATED, default=_SHORTEST)
 @torch.inference_mode()
 def test_winograd_blocks_90(compare, native, layer):
     """F(4x4,3x3), 90 % of the blocks of 16 output x 1 input channel zero, channels_last, against
@@ -129,7 +136,7 @@ def test_winograd_blocks_90(compare, native, layer):
 
 
 @pytest.mark.benchmark(group="sparse_winograd_break_even")
-@pytest.mark.layers(full=_VGG_B1, default=_BREAK_EVEN)
+@pytest.mark.layers(full=_VGG_B1, default=())
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("how", ["unstructured", "blocks"])
 @torch.inference_mode()
@@ -137,6 +144,45 @@ def test_winograd_break_even(compare, native, layer, how, sparsity):
     """F(4x4,3x3) without its zeros by sparsity, channels_last, against dense F.conv2d and the same
     weight with its zeros"""
     _compare_domain(compare, layer, sparsity, how, peer=True)
+
+
+@pytest.mark.benchmark(group="sparse_winograd_backward")
+@pytest.mark.layers(full=_VGG_B1, default=_SHORTEST)
+@pytest.mark.parametrize("sparsity", [50, 80, 90])
+@torch.inference_mode()
+def test_winograd_backward(compare, native, layer, sparsity):
+    """input gradient of F(4x4,3x3) with zeros anywhere, channels_last, against PyTorch's of a dense
+    3x3 weight and ours of the same weight with its zeros"""
+    last, w, _ = layer.tensors(memory_format=CHANNELS_LAST)
+    grad = last.flip(0, 2)[:, : layer.k]
+    domain_weight = winograd_transform_filter(w.contiguous(), 4)
+    domain_weight = domain_weight * _mask(domain_weight.shape, sparsity, "unstructured")
+    filters = {
+        "sparse": _ops._winograd_sparse_pack(domain_weight, 4, True, False),
+        "dense F(4x4,3x3)": _ops._winograd_pack(domain_weight, 4, True),
+    }
+    where = (4, (1, 1), (1, 1), False)
+    runs = {
+        name: lambda filter=filter: _ops._winograd_domain_backward_input(grad, last, filter, *where)
+        for name, filter in filters.items()
+    }
+    for name, memory_format in FORMATS.items():
+        own = [t.contiguous(memory_format=memory_format) for t in (grad, last, w)]
+        runs[name] = lambda own=own: torch.ops.aten.convolution_backward(
+            *own, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
+        )[0]
+    ours = runs.pop("sparse")
+    compare(
+        {"f4": ours},
+        runs,
+        reference=lambda: reference.winograd_domain_backward_input(
+            grad.double(), domain_weight.double(), 1, 1, 4
+        ),
+        limit=3 * LIMIT_F4,
+        denominator=("nchw", "channels_last"),
+        same=False,
+        note=f"{DENSE} The filter is packed before.",
+    )
 
 
 # ---------------------------------------------------------------------------------- spatial weights
@@ -175,7 +221,7 @@ def _compare_spatial(compare, layer, case, sparsity, how):
 
 
 @pytest.mark.benchmark(group="sparse_conv_unstructured_90")
-@pytest.mark.layers(full=UNDILATED, default=_VGG_B1)
+@pytest.mark.layers(full=UNDILATED, default=_SHORTEST)
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_spatial_unstructured_90(compare, native, layer, case):
@@ -185,7 +231,7 @@ def test_spatial_unstructured_90(compare, native, layer, case):
 
 
 @pytest.mark.benchmark(group="sparse_conv_blocks_90")
-@pytest.mark.layers(full=UNDILATED, default=_VGG_B1)
+@pytest.mark.layers(full=UNDILATED, default=())
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_spatial_blocks_90(compare, native, layer, case):
@@ -195,7 +241,7 @@ def test_spatial_blocks_90(compare, native, layer, case):
 
 
 @pytest.mark.benchmark(group="sparse_conv_break_even")
-@pytest.mark.layers(full=_VGG_B1, default=_BREAK_EVEN)
+@pytest.mark.layers(full=_VGG_B1, default=())
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("how", ["unstructured", "blocks"])
 @torch.inference_mode()

@@ -4,8 +4,9 @@
     python benches/tables.py README.md docs/*.md [--results benches/results/<cpu>] [--check]
 
 fills everything between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is a table's (a file
-of the results folder), `summary`: one line a table, or one of benches/runs.py's. Nothing in these
-places is typed by hand.
+of the results folder), `summary`: one line a table, one of benches/runs.py's, or `break_even`: from
+how many zeros on kernels that skip them pay; `--picture FILE` draws that. Nothing in these places
+is typed by hand.
 """
 
 import argparse
@@ -146,6 +147,87 @@ def summary(contents: list[dict]) -> str:
     return "\n".join([*lines, "", _machine_line(machine, newest["environment"]) + "."])
 
 
+# What is skipped -> (table, pattern, the peer that does not skip; None: the better of F.conv2d's).
+_CURVES = {
+    "Winograd domain, blocks of 16×1": ("sparse_winograd_break_even", "blocks", "dense F(4x4,3x3)"),
+    "Winograd domain, anywhere": ("sparse_winograd_break_even", "unstructured", "dense F(4x4,3x3)"),
+    "spatial 3×3, blocks of 16×1": ("sparse_conv_break_even", "blocks", None),
+    "spatial 3×3, anywhere": ("sparse_conv_break_even", "unstructured", None),
+}
+
+
+def _row(name: str) -> tuple[int, str, list[str]]:
+    """(percentage, pattern, the layer's name) of a row's name, in which they come in any order."""
+    parts = name.split("-")
+    percent = next(part for part in parts if part.isdigit())
+    pattern = next(part for part in parts if part in ("blocks", "unstructured"))
+    return int(percent), pattern, [part for part in parts if part not in (percent, pattern)]
+
+
+def break_even(contents: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Per line of `_CURVES` that was measured: (zeros in percent, geometric mean of the ratios)."""
+    rows = {content["table"]: content["rows"] for content in contents}
+    curves = {}
+    for what, (table, pattern, peer) in _CURVES.items():
+        ratios: dict[int, list[float]] = {}
+        for name, row in rows.get(table, {}).items():
+            percent, how, _ = _row(name)
+            if how == pattern:
+                ratio = row["ratio"] if peer is None else row["ratios"][peer]
+                ratios.setdefault(percent, []).append(ratio)
+        if ratios:
+            curves[what] = [(x, geometric_mean(ratios[x])) for x in sorted(ratios)]
+    return curves
+
+
+def _pays_from(curve: list[tuple[int, float]]) -> str:
+    """The zeros from which on a curve stays above 1, between the points on a straight line."""
+    below = [i for i, (_, ratio) in enumerate(curve) if ratio < 1]
+    if not below:
+        return f"{curve[0][0]} %"
+    if below[-1] == len(curve) - 1:
+        return "never"
+    (x0, y0), (x1, y1) = curve[below[-1]], curve[below[-1] + 1]
+    return f"{x0 + (x1 - x0) * (1 - y0) / (y1 - y0):.0f} %"
+
+
+def _break_even_table(contents: list[dict]) -> str:
+    curves = break_even(contents)
+    percents = sorted({x for curve in curves.values() for x, _ in curve})
+    lines = [
+        "| zeros | " + " | ".join(f"{x} %" for x in percents) + " | pays from |",
+        "|---" * (len(percents) + 2) + "|",
+    ]
+    for what, curve in curves.items():
+        values = dict(curve)
+        cells = [f"{values[x]:.2f}×" if x in values else "" for x in percents]
+        lines.append(f"| {what} | {' | '.join(cells)} | {_pays_from(curve)} |")
+    used = [c for c in contents if c["table"] in {table for table, *_ in _CURVES.values()}]
+    layers = dict.fromkeys("-".join(_row(name)[2]) for c in used for name in c["rows"])
+    environment = next(iter(used[0]["rows"].values()))["environment"]
+    lines += ["", f"Geometric means over {', '.join(layers)}."]
+    return "\n".join([*lines, _machine_line(used[0]["machine"], environment) + "."])
+
+
+def picture(contents: list[dict], path: Path) -> None:
+    """The curves of `break_even`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for (what, curve), style in zip(break_even(contents).items(), ("o-", "s-", "o--", "s--")):
+        axes.plot(*zip(*curve), style, label=what)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="zeros (%)", ylabel="time of the dense kernel / time without zeros")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}×")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def fill(text: str, folder: Path | None) -> str:
     """`text` with every marked place filled from the results in `folder`, or saying that nothing
     was measured."""
@@ -161,13 +243,16 @@ def fill(text: str, folder: Path | None) -> str:
         )
         # A GPU's folder has what gpu-check wrote, too.
         contents = [content for content in contents if "table" in content]
-        if name != "summary":
+        if name == "break_even":
+            contents = contents if break_even(contents) else []
+        elif name != "summary":
             contents = [content for content in contents if content["table"] == name]
         if not contents:
             body = "Not measured yet: `pytest benches/ --benchmark-only` does it, then "
             body += "`python benches/tables.py` on this file."
         else:
-            body = summary(contents) if name == "summary" else markdown(contents[0])
+            several = {"summary": summary, "break_even": _break_even_table}
+            body = several[name](contents) if name in several else markdown(contents[0])
         return f"{match[1]}{body}\n{match[3]}"
 
     return _PLACE.sub(table, text)
@@ -188,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="write nothing; exit with 1 where a table is out of date",
     )
+    parser.add_argument("--picture", type=Path, help="a file for the break-even curves")
     options = parser.parse_args(arguments)
     folders = [
         path
@@ -197,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     newest = max(
         folders, key=lambda f: max(p.stat().st_mtime for p in f.glob("*.json")), default=None
     )
+    if options.picture:
+        folder = options.results or newest
+        picture([json.loads(path.read_text()) for path in folder.glob("*.json")], options.picture)
     stale = False
     for path in options.files:
         old = path.read_text(encoding="utf-8")

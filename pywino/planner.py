@@ -5,7 +5,8 @@ The candidates of a call are PyTorch's own kernel and, on the CPU, the two tiles
 operations; on a GPU, every kernel that stays in the error class of the call. Each is called three
 times on tensors of the call's signature; the fastest wins, PyTorch wherever it is not beaten by
 3 %. A plan holds for a bucket of signatures: batch, height and width are rounded up
-(`bucket`), everything else is exact.
+(`bucket`), everything else is exact. What depends on more than a signature (the zeros of a weight)
+has a key and contenders of its op's own: `measured`.
 
     PYWINO_PLAN=measure   The default: measures what is not in this machine's file in the user's
                           cache folder.
@@ -47,6 +48,7 @@ FORMAT = 1  # of the file; a file of another format is ignored
 CAPACITY = 4096  # plans in memory and in the file
 CALLS = 3  # of each candidate
 SECONDS = 0.2  # of measuring a signature; the first calls are always made
+SPARSE = ("unstructured", "blocks")  # kernels of the CPU that skip zeros
 MARGIN = 0.97  # a kernel must take less than this part of PyTorch's time
 # Multiplications per thread of a direct call that is measured whole; larger ones are measured on a
 # part.
@@ -129,6 +131,18 @@ def choose(call, algorithm="auto", backend="auto"):
     if backend not in ("auto", plan.backend):  # the user's word: the best of that backend's
         return Plan(backend, _best_of(backend, call, plan.seconds), plan.source, plan.seconds)
     return plan
+
+
+def measured(call, what, times):
+    """The `Plan` of a call on a weight of a certain kind, which `what` names: a stored one, or one
+    made and stored from the seconds that `times()` gives by `label`, PyTorch's as "aten". None
+    where nothing is stored and nothing may be measured."""
+    if mode() != "measure":
+        return None
+    stride, size = call.stride, call.kernel
+    return _plans.measured(
+        f"{_key(call)} s{stride[0]},{stride[1]} r{size[0]},{size[1]} {what}", times
+    )
 
 
 def require(backend, call, algorithm="auto"):
@@ -443,16 +457,18 @@ class _Plans:
             return Plan("aten", None, "off")
         if self.mode == "static":
             return _static(call)
-        key = _key(call)
+        return self.measured(_key(call), lambda: _timed(call)) or _static(call)
+
+    def measured(self, key, times):
         with self.lock:  # one measurement at a time, and one for each signature
             plan = self.plans.get(key)
             if plan is not None:
                 self.plans.move_to_end(key)
                 return plan
             if not self.writes or not _may_measure():
-                return _static(call)
+                return None
             start = time.perf_counter()
-            seconds = _timed(call)
+            seconds = times()
             fastest = min(seconds, key=seconds.get)
             wins = seconds[fastest] < MARGIN * seconds["aten"]
             best = kernel_plan(fastest if wins else "aten")
@@ -564,7 +580,7 @@ def read(path):
 
 def _plan_from(entry):
     backend, algorithm = entry["backend"], entry["algorithm"]
-    known = ("direct", *TILES) if backend in ("cuda", "triton") else TILES
+    known = (*SPARSE, *TILES) if backend == "cpu" else ("direct", *TILES)
     if (backend, algorithm) != ("aten", None) and (
         backend not in ("cpu", "cuda", "triton") or algorithm not in known
     ):

@@ -178,6 +178,43 @@ def test_the_papers_tables_are_whole():
         assert {len(figures) for figures in table.values()} == {4 if by == "sparsity" else 3}
 
 
+def curve(table, pattern, ratios, peer=None):
+    rows = {}
+    for percent, ratio in ratios.items():
+        ratios_of = {"nchw": ratio} if peer is None else {"nchw": 9.0, peer: ratio}
+        rows[f"vgg-128x112-b1-{pattern}-{percent}"] = row(
+            ratio if peer is None else 9.0, ratios=ratios_of
+        )
+    return {"table": table, "title": "T", "machine": MACHINE, "rows": rows}
+
+
+def test_break_even(tmp_path):
+    """Against F.conv2d in the spatial domain, against our dense kernel in the Winograd domain; a
+    straight line between the points."""
+    spatial = curve("sparse_conv_break_even", "unstructured", {0: 0.5, 50: 0.8, 70: 1.2, 90: 4.0})
+    domain = curve("sparse_winograd_break_even", "blocks", {0: 1.5, 50: 2.0}, "dense F(4x4,3x3)")
+    curves = tables.break_even([spatial, domain])
+    assert curves == {
+        "Winograd domain, blocks of 16×1": [(0, pytest.approx(1.5)), (50, pytest.approx(2.0))],
+        "spatial 3×3, anywhere": [
+            (x, pytest.approx(y)) for x, y in ((0, 0.5), (50, 0.8), (70, 1.2), (90, 4.0))
+        ],
+    }
+    for content in (spatial, domain):
+        (tmp_path / f"{content['table']}.json").write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: break_even -->\n<!-- end table -->\n")
+    options = ["--results", str(tmp_path), "--picture", str(tmp_path / "picture.png")]
+    assert tables.main([str(page), *options]) == 0
+    text = page.read_text()
+    assert "| spatial 3×3, anywhere | 0.50× | 0.80× | 1.20× | 4.00× | 60 % |" in text
+    assert "| Winograd domain, blocks of 16×1 | 1.50× | 2.00× |  |  | 0 % |" in text
+    assert "\nGeometric means over vgg-128x112-b1.\n" in text
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    never = curve("sparse_conv_break_even", "blocks", {0: 0.2, 90: 0.9})
+    assert "| 0.20× | 0.90× | never |" in tables._break_even_table([never])
+
+
 # ---------------------------------------------------------------------------------------- compare
 
 # The clock of these benches: time passes where something sleeps, and a little at each look, since

@@ -120,6 +120,20 @@ bool has_size(const Tensor& t, const std::array<int64_t, 4>& size) {
   return true;
 }
 
+// A filter is dense or, as an int32 tensor, without its zeros.
+void check_filter(const Tensor& filter, int64_t out_channels, int64_t in_channels, int tile,
+                  bool fast, const char* op) {
+  const bool fits =
+      filter.scalar_type() == ScalarType::Int
+          ? winograd::sparse_filter_fits(static_cast<const int32_t*>(filter.const_data_ptr()),
+                                         filter.numel(), out_channels, in_channels, tile)
+          : filter.scalar_type() == ScalarType::Float &&
+                filter.numel() == winograd::filter_size(out_channels, in_channels, tile, fast);
+  STD_TORCH_CHECK(
+      filter.is_contiguous() && fits, op,
+      ": the filter was packed for other channels, another tile or another instruction set");
+}
+
 Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
                torch::headeronly::IntHeaderOnlyArrayRef padding,
@@ -130,14 +144,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
   const winograd::Geometry& g = p.geometry;
   const bool sparse = filter.scalar_type() == ScalarType::Int;
   const int32_t* words = sparse ? static_cast<const int32_t*>(filter.const_data_ptr()) : nullptr;
-  STD_TORCH_CHECK(
-      filter.is_contiguous() &&
-          (sparse ? winograd::sparse_filter_fits(words, filter.numel(), out_channels, g.input.c,
-                                                 g.tile)
-                  : filter.scalar_type() == ScalarType::Float &&
-                        filter.numel() ==
-                            winograd::filter_size(out_channels, g.input.c, g.tile, fast)),
-      op, ": the filter was packed for other channels, another tile or another instruction set");
+  check_filter(filter, out_channels, g.input.c, g.tile, fast, op);
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels), op,
                   ": bias must be ", out_channels, " numbers");
   const std::optional<Tensor> bias32 = bias ? std::optional(to_float(*bias)) : std::nullopt;
@@ -338,16 +345,16 @@ Tensor winograd_domain_backward_input(const Tensor& grad, const Tensor& input, c
   winograd::DomainInputGradientParams p;
   p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
-  STD_TORCH_CHECK(
-      filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
-          filter.numel() == winograd::filter_size(g.input.c, g.out_channels, g.tile, false),
-      op, ": the filter was packed for other channels, another tile or another instruction set");
+  check_filter(filter, g.input.c, g.out_channels, g.tile, false, op);
   const Tensor dense = like_input(grad, g.channels_last);
   Tensor gradient =
       empty_cpu({g.input.n, g.input.c, g.input.h, g.input.w}, ScalarType::Float, g.channels_last);
   p.input = input.const_data_ptr();
   p.grad = dense.const_data_ptr();
-  p.filter = static_cast<const float*>(filter.const_data_ptr());
+  if (filter.scalar_type() == ScalarType::Int)
+    p.sparse_filter = static_cast<const int32_t*>(filter.const_data_ptr());
+  else
+    p.filter = static_cast<const float*>(filter.const_data_ptr());
   p.winograd_relu = winograd_relu;
   p.input_gradient = static_cast<float*>(gradient.mutable_data_ptr());
   if (gradient.numel() && g.out_channels)

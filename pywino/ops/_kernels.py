@@ -9,7 +9,7 @@ import torch
 
 from pywino import backends, planner
 from pywino.ops import _winograd_cuda
-from pywino.ops._winograd_domain import pack
+from pywino.ops._winograd_domain import pack, pack_turned
 
 _ops = torch.ops.pywino
 _chosen = planner.memo()
@@ -29,9 +29,7 @@ class Kernel(NamedTuple):
         """The packed filter of a weight; `rotate`: of the input gradient."""
         if self.backend == "cpu":
             if self.winograd_relu:
-                if rotate:
-                    return _ops._winograd_pack.default(weight, self.tile, True)
-                return pack(weight, self.tile)
+                return pack_turned(weight, self.tile) if rotate else pack(weight, self.tile)
             return _ops._winograd_filter.default(weight, self.tile, rotate, self.mode)
         if self.backend == "cuda":
             return _winograd_cuda.transform_filter(

@@ -61,6 +61,16 @@ def pack(weight, tile):
     return _ops._winograd_sparse_pack.default(weight, tile, False, how == "blocks")
 
 
+def pack_turned(weight, tile):
+    """What `_winograd_domain_backward_input` takes for W: a float tensor, or an int32 one without
+    the zeros. Blocks of output channels are none of the turned weight, so zeros are skipped one by
+    one."""
+    single, _ = densities(weight)
+    if _UNSTRUCTURED[0] * single + _UNSTRUCTURED[1] < _GAIN:
+        return _ops._winograd_sparse_pack.default(weight, tile, True, False)
+    return _ops._winograd_pack.default(weight, tile, True)
+
+
 def dense_call(input, weight, bias, padding, dilation, winograd_relu):
     """A function that computes with all zeros of W, packed once, for comparison; None where there
     is no kernel for the call."""
@@ -163,7 +173,7 @@ def _forward_fake(input, weight, bias, residual, padding, dilation, activation, 
 def _backward_input(grad, weight, padding, dilation, tile, backend):
     op, size = "winograd_domain_conv2d_backward_input", _input_size(grad, weight, padding, dilation)
     if _runs_native(op, grad, size, weight.shape[0], padding, dilation, tile, backend):
-        filter = _ops._winograd_pack.default(weight, tile, True)
+        filter = pack_turned(weight, tile)
         input = _empty(size, grad)  # its shape and layout are read, no element
         return _ops._winograd_domain_backward_input.default(
             _dense(grad), input, filter, tile, padding, dilation, False

@@ -72,7 +72,8 @@ def choose(input, weight, stride, padding, dilation, backend, density=None):
     that was asked for.
 
     Measured at the first call of a signature and density (in steps of 5 %), on the call's own
-    weight; the rule decides where the planner may not measure."""
+    weight, and kept with the planner's plans; the rule decides where there is none and the planner
+    may not measure."""
     if backend == "aten":
         return "dense"
     call = planner.describe("sparse_conv2d", input, weight, padding, dilation, stride=stride)
@@ -88,31 +89,35 @@ def choose(input, weight, stride, padding, dilation, backend, density=None):
         return pattern
     if planner.mode() == "off":
         return "dense"
-    if not planner.may_measure():
-        return pattern if work < _GAIN else "dense"
     if work > 2:  # nothing to find out
         return "dense"
-    steps = (-(-single // 0.05), -(-blocks // 0.05))
+    steps = tuple(-(-density // 0.05) * 5 for density in (single, blocks))
     key = (planner.bucket(call), steps, pattern, torch.get_num_threads(), native.host.isa())
     choice = _choices.get(key)
     if choice is None:
-        wins = _beats_dense(input, weight, stride, padding, dilation, pattern)
-        choice = planner.remember(_choices, key, pattern if wins else "dense")
+        what = f"{pattern} {steps[0]:.0f}%,{steps[1]:.0f}%"
+        times = lambda: _times(input, weight, stride, padding, dilation, pattern)  # noqa: E731
+        plan = planner.measured(call, what, times)
+        if plan is None:
+            return pattern if work < _GAIN else "dense"
+        choice = planner.remember(_choices, key, plan.algorithm or "dense")
     return choice
 
 
-def _beats_dense(input, weight, stride, padding, dilation, pattern):
+def _times(input, weight, stride, padding, dilation, pattern):
+    """Seconds of PyTorch's kernel ("aten"), and of ours with what its Python costs."""
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         input, weight = input.detach(), weight.detach()
         filter = pack(weight, pattern)
         where = (stride, padding, dilation)
         size = tuple(weight.shape[2:])
         runs = {
-            "dense": lambda: torch.conv2d(input, weight, None, *where),
-            "sparse": lambda: native_forward(input, filter, None, len(weight), size, *where),
+            "aten": lambda: torch.conv2d(input, weight, None, *where),
+            pattern: lambda: native_forward(input, filter, None, len(weight), size, *where),
         }
         best = planner.race(runs, _CALLS)
-    return best["sparse"] + _PYTHON < planner.MARGIN * best["dense"]
+    best[pattern] += _PYTHON
+    return best
 
 
 class Blocks(NamedTuple):

@@ -35,6 +35,10 @@ GEOMETRIES = [
     (1, 4, 31, 29, 16, (7, 7), (2, 3), (3, 2), (1, 2)),
     (3, 24, 7, 7, 64, (1, 1), (2, 2), (0, 1), (1, 1)),
     (1, 8, 12, 70, 8, (2, 4), (3, 1), (1, 3), (2, 3)),
+    # All pixels as one row, whose last tile has fewer vectors; long rows of a wider kernel.
+    (1, 200, 61, 61, 70, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (1, 6, 1, 1500, 20, (1, 5), (1, 1), (0, 2), (1, 1)),
+    (2, 5, 1, 700, 9, (1, 3), (1, 2), (0, 1), (1, 1)),
 ]
 
 
@@ -125,6 +129,21 @@ def test_any_number_of_threads(threads, how):
             assert torch.equal(kernel(input, weight, bias, *where, how), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.native
+def test_kernels_with_more_taps_than_16_bits_count():
+    input, weight = torch.randn(1, 1, 150, 150), torch.zeros(2, 1, 100, 100)
+    weight[0, 0, 99, 99] = weight[1, 0, 0, 98] = 1
+    where = ((1, 1), (0, 0), (1, 1))
+    actual = kernel(input, weight, None, *where, "unstructured")
+    assert torch.equal(actual, F.conv2d(input, weight))
+    wide = torch.zeros(1, 9, 100, 100)  # eight of these channels are more than 2**16 taps
+    wide[0, 8, 99, 99] = 1
+    input = torch.randn(1, 9, 100, 100)
+    assert torch.equal(kernel(input, wide, None, *where, "unstructured"), input[:, 8:, -1:, -1:])
+    with pytest.raises(RuntimeError, match="too many entries"):
+        sparse_conv.pack(torch.zeros(1, 1, 257, 256), "unstructured")
 
 
 @pytest.mark.native
@@ -266,14 +285,17 @@ def test_the_rule(monkeypatch):
 
 
 @pytest.mark.native
-def test_the_choice_is_measured_once(monkeypatch):
-    monkeypatch.setenv("PYWINO_PLAN", "measure")
+def test_the_choice_is_measured_once_and_stored(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
     planner.reset()
     measured = []
-    answers = iter((True, False, True))
-    monkeypatch.setattr(
-        sparse_conv, "_beats_dense", lambda *a: measured.append(a[-1]) or next(answers)
-    )
+    answers = iter((1e-3, 3e-3))
+
+    def times(*arguments):
+        measured.append(arguments[-1])
+        return {"aten": 2e-3, arguments[-1]: next(answers)}
+
+    monkeypatch.setattr(sparse_conv, "_times", times)
     input, where = torch.randn(1, 32, 20, 20), ((1, 1), (1, 1), (1, 1))
     sparse = pruned(torch.randn(32, 32, 3, 3), "unstructured", 0.9)
     for _ in range(3):
@@ -281,18 +303,28 @@ def test_the_choice_is_measured_once(monkeypatch):
     assert measured == ["unstructured"]
     sparser = sparse * (torch.rand_like(sparse) > 0.7)  # another density, another choice
     assert sparse_conv.choose(input, sparser, *where, "auto") == "dense"
-    planner.reset()
-    assert sparse_conv.choose(input, sparser, *where, "auto") == "unstructured"
+    assert len(measured) == 2
+    planner.reset()  # the file knows both, and is only read
+    assert sparse_conv.choose(input, sparse, *where, "auto") == "unstructured"
+    assert sparse_conv.choose(input, sparser, *where, "auto") == "dense"
+    # Of another stride nothing is stored: the rule.
+    assert sparse_conv.choose(input, sparser, (2, 2), *where[1:], "auto") == "unstructured"
+    assert len(measured) == 2
 
 
 @pytest.mark.native
 def test_measuring_takes_the_quicker(monkeypatch):
     input, where = torch.randn(1, 128, 28, 28), ((1, 1), (1, 1), (1, 1))
     weight = torch.randn(128, 128, 3, 3)
-    assert sparse_conv._beats_dense(input, pruned(weight, "blocks", 0.99), *where, "blocks")
-    assert not sparse_conv._beats_dense(input, weight, *where, "unstructured")
+
+    def times(sparsity, pattern):
+        return sparse_conv._times(input, pruned(weight, pattern, sparsity), *where, pattern)
+
+    quick, slow = times(0.99, "blocks"), times(0, "unstructured")
+    assert quick["blocks"] < quick["aten"]
+    assert slow["unstructured"] > slow["aten"]
     monkeypatch.setattr(sparse_conv, "_PYTHON", 10)  # what is saved must pay for the Python
-    assert not sparse_conv._beats_dense(input, pruned(weight, "blocks", 0.99), *where, "blocks")
+    assert times(0.99, "blocks")["blocks"] > 10
 
 
 # --- the function ---

@@ -2,11 +2,13 @@
 """Weights of the Winograd domain, dense and without their zeros."""
 
 import itertools
+import threading
 
 import pytest
 import torch
 from torch.library import opcheck
 
+from pywino import _native as native
 from pywino import testing
 from pywino.ops import _winograd_domain as domain
 from pywino.ops.winograd import winograd_transform_filter
@@ -146,18 +148,21 @@ def test_nothing_is_kept(how):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("how", PATTERNS)
-def test_the_fullest_vectors_of_channels_come_first(how):
-    """Threads take them in this order, so that they end together though the zeros are not even."""
-    with testing.force_isa("portable"):  # four lanes
-        weight = torch.zeros(32, 6, 6, 6)
-        counts = torch.tensor([3, 90, 0, 7, 8, 200, 1, 6])
-        for unit, count in enumerate(counts.tolist()):
-            weight[4 * unit].view(-1)[:count] = 1
-        packed = ops._winograd_sparse_pack(weight, 4, False, how == "blocks")
-        lists = 36 * (8 if how == "blocks" else 32)
-        order = packed[16 + lists + 1 :][:8]
-        assert order.tolist() == counts.argsort(descending=True).tolist()
+def test_neighbouring_lists_are_of_like_length():
+    """A loop that runs as often as before is predicted: 64 output channels are sorted at a time."""
+    weight = pruned(torch.randn(100, 6, 4, 4), "unstructured", 0.5)
+    packed = ops._winograd_sparse_pack(weight, 2, False, False)
+    lists = 16 * 100
+    starts, rows = packed[16 : 16 + lists + 1], packed[16 + lists + 1 :][:lists]
+    lengths, rows = starts.diff().view(16, 100), rows.view(16, 100)
+    kept = (weight != 0).sum(1).flatten(1).T
+    for first, last in ((0, 64), (64, 100)):
+        part = lengths[:, first:last]
+        assert (part.diff() <= 0).all()
+        assert torch.equal(
+            rows[:, first:last].sort().values, torch.arange(first, last).expand(part.shape)
+        )
+        assert torch.equal(part, kept.gather(1, rows[:, first:last].long()))
 
 
 @pytest.mark.native
@@ -272,6 +277,111 @@ def test_gradients(isa, tile, channels_last):
         for name, a, e in zip(("output", "input", "weight", "bias"), ours, exact):
             assert relative_l2(a, e) < 3 * LIMITS[tile], f"{name} {geometry}"
         assert ours[1].stride() == input.stride()
+
+
+def input_gradient(geometry, tile, winograd_relu, dtype=torch.float32, channels_last=False):
+    """(grad, input, W, what the kernel takes behind the filter, the gradient in float64)."""
+    input, weight, _, padding, dilation = case(geometry, tile, "unstructured", dtype, channels_last)
+    function = reference.winograd_domain_conv2d
+    if winograd_relu:
+        function = reference.winograd_relu_conv2d
+    leaf = input.double().requires_grad_()
+    output = function(leaf, weight.double(), None, padding, dilation, tile)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad = torch.randn(output.shape).to(dtype).contiguous(memory_format=layout)
+    (exact,) = torch.autograd.grad(output, leaf, grad.double())
+    return grad, input, weight, (tile, padding, dilation, winograd_relu), exact
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("winograd_relu", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+def test_input_gradient_without_zeros(isa, tile, winograd_relu, dtype):
+    for i, geometry in enumerate(GEOMETRIES):
+        grad, input, weight, rest, exact = input_gradient(
+            geometry, tile, winograd_relu, dtype, channels_last=i % 2 == 1
+        )
+        filter = ops._winograd_sparse_pack(weight, tile, True, False)
+        actual = ops._winograd_domain_backward_input(grad, input, filter, *rest)
+        limit = 3 * LIMITS[tile] + torch.finfo(dtype).eps
+        assert actual.dtype == dtype
+        assert actual.stride() == input.stride()
+        assert relative_l2(actual, exact) < limit, f"{geometry}"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_input_gradient_with_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        for geometry in GEOMETRIES:
+            grad, input, weight, rest, _ = input_gradient(geometry, 4, True)
+            filter = ops._winograd_sparse_pack(weight, 4, True, False)
+            torch.set_num_threads(threads)
+            actual = ops._winograd_domain_backward_input(grad, input, filter, *rest)
+            torch.set_num_threads(1)
+            # Patches are added in their order, whoever adds them.
+            expected = ops._winograd_domain_backward_input(grad, input, filter, *rest)
+            assert torch.equal(actual, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def scratch_of(run):
+    """Bytes of scratch that a new thread keeps after `run`, on that thread alone."""
+    kept = []
+
+    def body():
+        run()
+        kept.append(native.host.scratch_bytes())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    return kept[0]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
+@pytest.mark.parametrize(("c", "k"), [(64, 640), (512, 512), (1024, 64)])
+def test_scratch_is_bounded(c, k, how):
+    """4 MB a thread in whole huge pages of 2 MB; the gradient takes 32 tiles of all channels."""
+    input = torch.randn(1, c, 30, 30)
+    weight, grad = pruned(torch.randn(k, c, 6, 6), how), torch.randn(1, k, 30, 30)
+    filter = ops._winograd_sparse_pack(weight, 4, False, how == "blocks")
+    turned = ops._winograd_sparse_pack(weight, 4, True, False)
+    where = ((1, 1), (1, 1))
+    forward = scratch_of(
+        lambda: ops._winograd_forward(input, filter, None, None, k, 4, *where, False, False, False)
+    )
+    assert 0 < forward <= 6 << 20
+    backward = scratch_of(
+        lambda: ops._winograd_domain_backward_input(grad, input, turned, 4, *where, False)
+    )
+    channels = -(-c // 16) * 16 + k
+    assert 0 < backward <= max(4 << 20, 36 * 32 * channels * 4) + (4 << 20)
+
+
+@pytest.mark.native
+def test_the_input_gradient_takes_lists_only():
+    grad, input, weight, rest, _ = input_gradient(GEOMETRIES[1], 4, False)
+    filter = ops._winograd_sparse_pack(weight, 4, True, True)
+    with pytest.raises(RuntimeError, match="_winograd_domain_backward_input"):
+        ops._winograd_domain_backward_input(grad, input, filter, *rest)
+
+
+@pytest.mark.native
+def test_the_filter_of_the_gradient_has_no_zeros_where_that_is_less_work():
+    weight = torch.randn(64, 64, 6, 6)
+    assert domain.pack_turned(weight, 4).dtype == torch.float32
+    assert domain.pack_turned(pruned(weight, "unstructured"), 4).dtype == torch.int32
+    assert domain.pack_turned(pruned(weight, "blocks"), 4).dtype == torch.int32
 
 
 def test_gradcheck_twice():

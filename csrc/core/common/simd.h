@@ -257,6 +257,27 @@ PYWINO_INLINE void put(float* p, float x) { *p = x; }
 PYWINO_INLINE void put(bf16* p, float x) { p->bits = to_bf16(x - vec{})[0]; }
 PYWINO_INLINE void put(f16* p, float x) { p->bits = to_f16(x - vec{})[0]; }
 
+// --- four floats in every four lanes, and one of them in all ------------------------------------------------------------------
+PYWINO_INLINE vec load_fours(const float* p) {
+#if defined(__AVX512F__)
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif defined(__AVX2__)
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#else
+  return load(p);
+#endif
+}
+template <int I>
+PYWINO_INLINE vec of_four(vec v) {
+#if defined(__AVX512F__)
+  return _mm512_permute_ps(v, I * 0x55);
+#elif defined(__AVX2__)
+  return _mm256_permute_ps(v, I * 0x55);
+#else
+  return __builtin_shuffle(v, uvec{I, I, I, I});
+#endif
+}
+
 // --- transpose: lane j of r[i] becomes lane i of r[j] -------------------------------------------------------------------
 PYWINO_INLINE void transpose(vec* r) {
 #if defined(__AVX512F__)

@@ -4,13 +4,16 @@
 // A task is a tile of output pixels, Th rows of Wt columns, for all output channels (a part of them where there are few tiles):
 //
 //   load     the tile's input, with its zero padding, into planes P[c][row][phase][column]: the columns of a stride s lie in s
-//            phases, so that neighbouring outputs always read neighbouring floats
+//            phases, so that neighbouring outputs always read neighbouring columns
 //   product  unstructured  M[k][row][x] += w P[tap + x]       lanes = columns; a list of {w, tap} for each k and block of c
 //            blocks        M[row][x][16 k] += P[tap + x] w    lanes = output channels; a list of c for each vector of k, with a
 //                                                             vector of weights for each tap
 //   store    M + bias, transposed where lanes are not what is contiguous in the output
 //
 // tap = (c, i, j) is a constant distance in P, looked up in a table that is made once per call.
+//
+// Lanes that are columns are not neighbours: lane l of vector q is column l Q + q of Q vectors (Henretty et al., CC 2011). Then
+// x + 1 is the next vector, and no load crosses a cache line. Vectors Q, Q + 1, ... are the columns that the kernel reaches over.
 #include "../common/scratch.h"
 #include "../common/simd.h"
 #include "sparse_conv.h"
@@ -25,8 +28,9 @@ PYWINO_INLINE int64_t take(int64_t* counter) {
 // --- the packed filter ------------------------------------------------------------------------------------------------------
 //   header   16 words
 //   starts   lists + 1: list i is the entries starts[i] .. starts[i + 1] - 1
+//   rows     lists: the output channel of each (unstructured); kSorted neighbours are sorted by length, for the branch predictor
 //   entries  from a multiple of 16 words on
-//     unstructured   list (block of input channels, k): {value, tap in the block}
+//     unstructured   list (block of input channels, k): values, and apart from them 16 bits for the tap of each in its block
 //     blocks         list (vector of k): input channels, and apart from them kernel_h x kernel_w vectors of values for each
 struct Header {
   int32_t magic, pattern, lanes, unused;
@@ -36,15 +40,16 @@ struct Header {
 static_assert(sizeof(Header) == 64);
 constexpr int32_t kMagic = 0x50535332;
 
-struct Entry {
-  float value;
-  uint32_t tap;
-};
+constexpr int64_t kSorted = 64;
 
-// Input channels of a list: their planes of a tile stay in the first-level cache.
-int64_t list_channels(int64_t taps) { return max<int64_t>(8, min<int64_t>(128, 288 / taps)); }
+// Input channels of a list: what their planes hold for one row of a tile stays in the first-level cache. 16 bits count its taps.
+constexpr int64_t kMostTaps = 1 << 16;
+int64_t list_channels(int64_t taps) {
+  const int64_t channels = max<int64_t>(8, min<int64_t>(128, 288 / taps));
+  return max<int64_t>(1, min(channels, kMostTaps / taps));
+}
 
-template <typename Word, typename Float, typename Item>
+template <typename Word, typename Float, typename Tap>
 struct View {
   Word* words;
   Pattern pattern;
@@ -62,55 +67,68 @@ struct View {
         lists(p == Pattern::blocks ? units : channel_blocks * K) {}
 
   Word* starts() const { return words + 16; }
-  int64_t head() const { return round_up<int64_t>(16 + lists + 1, 16); }
-  int64_t size(int64_t entries) const {
-    return head() + (pattern == Pattern::blocks
-                         ? round_up<int64_t>(entries, 16) + entries * taps * kLanes
-                         : 2 * entries);
+  Word* rows() const { return words + 16 + lists + 1; }
+  int64_t head() const {
+    return round_up<int64_t>(16 + lists + 1 + (pattern == Pattern::blocks ? 0 : lists), 16);
   }
-  Item* entries() const { return reinterpret_cast<Item*>(words + head()); }
+  int64_t size(int64_t entries) const {
+    const int64_t n = round_up<int64_t>(entries, 16);
+    return head() + n + (pattern == Pattern::blocks ? entries * taps * kLanes : n / 2);
+  }
+  // Pattern::unstructured
+  Float* numbers() const { return reinterpret_cast<Float*>(words + head()); }
+  Tap* places(int64_t entries) const {
+    return reinterpret_cast<Tap*>(words + head() + round_up<int64_t>(entries, 16));
+  }
+  // Pattern::blocks
   Word* channels() const { return words + head(); }
   Float* values(int64_t entries) const {
     return reinterpret_cast<Float*>(words + head() + round_up<int64_t>(entries, 16));
   }
-  // The list that begins with output channel k, of channel block b.
-  int64_t list(int64_t b, int64_t k) const {
-    return pattern == Pattern::blocks ? k / kLanes : b * K + k;
-  }
 };
-using Filter = View<const int32_t, const float, const Entry>;
-using Writing = View<int32_t, float, Entry>;
+using Filter = View<const int32_t, const float, const uint16_t>;
+using Writing = View<int32_t, float, uint16_t>;
 
 // --- products ---------------------------------------------------------------------------------------------------------------
-constexpr int kSums = 4;                             // of a list: an addition takes four cycles
+constexpr int kSums = 2;                             // of a list
 constexpr int kVectors = kRegisters == 32 ? 4 : 3;   // most vectors of columns at once
 constexpr int kPixels = kRegisters == 32 ? 28 : 12;  // most pixels at once
 constexpr int64_t kSumBlock = 128;                   // most terms of a partial sum
 
-// M (+)= the products of a list, for R rows of V vectors of columns; `pitch` floats from row to row, of P and of M.
+// M[k] (+)= the products of the list of k, for R rows of V vectors of columns and `count` lists; `pitch` floats from row to row,
+// of P and of M, `channel` from k to k. One load brings four values: loads are what limits this loop.
 template <int R, int V>
-void multiply_list(const Entry* __restrict e, const Entry* __restrict end,
-                   const int32_t* __restrict distance, const float* __restrict p, int64_t pitch_p,
-                   float* __restrict m, int64_t pitch_m, bool first) {
-  vec sum[kSums][R][V];
-  PYWINO_UNROLL for (int q = 0; q < kSums; ++q) PYWINO_UNROLL for (int r = 0; r < R; ++r)
-      PYWINO_UNROLL for (int n = 0; n < V; ++n) sum[q][r][n] = zero();
-  for (; e + kSums <= end; e += kSums) PYWINO_UNROLL for (int q = 0; q < kSums; ++q) {
-      const float* x = p + distance[e[q].tap];
-      const float w = e[q].value;
+void multiply_lists(int64_t count, const int32_t* __restrict starts, const int32_t* __restrict rows,
+                    const float* __restrict values, const uint16_t* __restrict taps,
+                    const int32_t* __restrict distance, const float* __restrict p, int64_t pitch_p,
+                    float* __restrict m, int64_t pitch_m, int64_t channel, bool first) {
+  constexpr int Q = kSums;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t e = starts[i];
+    const int64_t end = starts[i + 1];
+    vec sum[Q][R][V];
+    PYWINO_UNROLL for (int q = 0; q < Q; ++q) PYWINO_UNROLL for (int r = 0; r < R; ++r)
+        PYWINO_UNROLL for (int n = 0; n < V; ++n) sum[q][r][n] = zero();
+    const auto add = [&](int q, vec w, int64_t at) __attribute__((always_inline)) {
+      const float* x = p + distance[taps[at]];
       PYWINO_UNROLL for (int r = 0; r < R; ++r) PYWINO_UNROLL for (int n = 0; n < V; ++n)
           sum[q][r][n] += w * load(x + r * pitch_p + n * kLanes);
+    };
+    for (; e + 4 <= end; e += 4) {
+      prefetch(values + e + 128);
+      prefetch(taps + e + 256);
+      const vec w = load_fours(values + e);
+      add(0 % Q, of_four<0>(w), e);
+      add(1 % Q, of_four<1>(w), e + 1);
+      add(2 % Q, of_four<2>(w), e + 2);
+      add(3 % Q, of_four<3>(w), e + 3);
     }
-  for (; e < end; ++e) {
-    const float* x = p + distance[e->tap];
-    const float w = e->value;
-    PYWINO_UNROLL for (int r = 0; r < R; ++r) PYWINO_UNROLL for (int n = 0; n < V; ++n)
-        sum[0][r][n] += w * load(x + r * pitch_p + n * kLanes);
-  }
-  PYWINO_UNROLL for (int r = 0; r < R; ++r) PYWINO_UNROLL for (int n = 0; n < V; ++n) {
-    PYWINO_UNROLL for (int q = 1; q < kSums; ++q) sum[0][r][n] += sum[q][r][n];
-    float* to = m + r * pitch_m + n * kLanes;
-    store(to, first ? sum[0][r][n] : load(to) + sum[0][r][n]);
+    for (; e < end; ++e) add(0, values[e] - vec{}, e);
+    PYWINO_UNROLL for (int r = 0; r < R; ++r) PYWINO_UNROLL for (int n = 0; n < V; ++n) {
+      PYWINO_UNROLL for (int q = 1; q < Q; ++q) sum[0][r][n] += sum[q][r][n];
+      float* to = m + rows[i] * channel + r * pitch_m + n * kLanes;
+      store(to, first ? sum[0][r][n] : load(to) + sum[0][r][n]);
+    }
   }
 }
 
@@ -140,11 +158,15 @@ void multiply_blocks(const int32_t* __restrict c, const int32_t* __restrict end,
   } while (c < end);
 }
 
-using MultiplyList = void (*)(const Entry*, const Entry*, const int32_t*, const float*, int64_t,
-                              float*, int64_t, bool);
-constexpr MultiplyList kOneRow[] = {multiply_list<1, 1>, multiply_list<1, 2>, multiply_list<1, 3>,
-                                    multiply_list<1, 4>};
-constexpr MultiplyList kTwoRows = multiply_list<2, 2>, kThreeRows = multiply_list<3, 1>;
+using MultiplyLists = void (*)(int64_t, const int32_t*, const int32_t*, const float*,
+                               const uint16_t*, const int32_t*, const float*, int64_t, float*,
+                               int64_t, int64_t, bool);
+// By rows and vectors: as many rows together as there are registers for.
+constexpr MultiplyLists kMultiplyLists[4][4] = {
+    {multiply_lists<1, 1>, multiply_lists<1, 2>, multiply_lists<1, 3>, multiply_lists<1, 4>},
+    {multiply_lists<2, 1>, multiply_lists<2, 2>},
+    {multiply_lists<3, 1>},
+    {multiply_lists<4, 1>}};
 
 using MultiplyBlocks = void (*)(const int32_t*, const int32_t*, int64_t, const int32_t*,
                                 const float*, const float*, int64_t, float*);
@@ -166,38 +188,62 @@ constexpr int64_t kScratchPerThread = int64_t(4) << 20;
 constexpr int64_t kPlanesBytes = int64_t(512)
                                  << 10;  // of a tile's input: half of a second-level cache
 constexpr int64_t kMostColumns = 112, kMostRows = 8;
+constexpr int64_t kStreamBytes = int64_t(4) << 20;  // an output of more is written past the caches
+
+// A 1 x 1 convolution of stride 1 does not know rows: all pixels of an image are one.
+Geometry flattened(Geometry g) {
+  if (g.kernel_h * g.kernel_w * g.stride_h * g.stride_w == 1 && g.pad_h + g.pad_w == 0)
+    g.w *= g.h, g.h = 1;
+  return g;
+}
 
 template <typename T>
 struct Run {
   const ForwardParams& params;
-  const Geometry& g;
+  const Geometry g;
   Filter filter;
   int64_t entries;
   int threads;
   int64_t out_h, out_w;
+  bool by_channel;                                  // lanes of M are channels
+  bool stream;                                      // write the output past the caches
   int64_t tile_h, tile_w, tiles_h, tiles_w, parts;  // parts of the output channels
-  int64_t used;                                     // columns of a phase that are read
-  int64_t columns, pitch, plane;                    // of P: a phase, a row, a channel
-  int64_t m_row;                                    // floats of a row of M, of one k or vector of k
+  int64_t phases, lane_step, vector_step;           // columns from lane to lane, vector to vector
+  int64_t vectors;                // of a row and phase of P, those that the kernel reaches over too
+  int64_t columns, pitch, plane;  // floats of P: a phase, a row, a channel
+  int64_t m_row;                  // floats of a row of M, of one k or vector of k
   const int32_t* distance = nullptr;
   int64_t next = 0;
   bool failed = false;
 
   Run(const ForwardParams& p, const Filter& f, int64_t n, int t)
       : params(p),
-        g(p.geometry),
+        g(flattened(p.geometry)),
         filter(f),
         entries(n),
         threads(t),
         out_h(g.out_h()),
-        out_w(g.out_w()) {
-    tile_w = ceil_div(out_w, ceil_div(out_w, kMostColumns));
+        out_w(g.out_w()),
+        by_channel(f.pattern == Pattern::blocks) {
+    stream = sizeof(T) == 4 && g.channels_last && filter.K % kLanes == 0 &&
+             reinterpret_cast<uintptr_t>(params.output) % (4 * kLanes) == 0 &&
+             g.n * filter.K * out_h * out_w * int64_t(sizeof(T)) > kStreamBytes;
+    phases = g.kernel_w == 1 ? 1 : g.stride_w;
+    const int64_t most = out_h == 1 ? kMostRows * kMostColumns : kMostColumns;
+    tile_w = ceil_div(out_w, ceil_div(out_w, most));
     tile_h = min(out_h, kMostRows);
     set_planes();
     // Smaller tiles where the planes would leave the cache, or threads would wait for work.
-    while (tile_h > 1 && (g.c * plane * 4 > kPlanesBytes ||
-                          g.n * ceil_div(out_h, tile_h) * ceil_div(out_w, tile_w) < 2 * threads)) {
+    const auto halve = [&] {
+      return g.c * plane * 4 > kPlanesBytes ||
+             g.n * ceil_div(out_h, tile_h) * ceil_div(out_w, tile_w) < 2 * threads;
+    };
+    while (tile_h > 1 && halve()) {
       tile_h = ceil_div<int64_t>(tile_h, 2);
+      set_planes();
+    }
+    while (tile_w > kVectors * kLanes && out_h == 1 && halve()) {
+      tile_w = round_up<int64_t>(tile_w / 2, kLanes);
       set_planes();
     }
     while (tile_w > 2 * kLanes && g.c * plane * 4 > kScratchPerThread / 2) {
@@ -207,45 +253,49 @@ struct Run {
     tiles_h = ceil_div(out_h, tile_h);
     tiles_w = ceil_div(out_w, tile_w);
     const int64_t tiles = g.n * tiles_h * tiles_w;
-    parts = tiles >= 2 * threads
-                ? 1
-                : min(filter.units, ceil_div<int64_t>(2 * threads, max<int64_t>(tiles, 1)));
-    m_row = filter.pattern == Pattern::blocks ? tile_w * kLanes : round_up<int64_t>(tile_w, kLanes);
+    parts = tiles >= 2 * threads ? 1
+                                 : min(ceil_div(filter.K, grain()),
+                                       ceil_div<int64_t>(2 * threads, max<int64_t>(tiles, 1)));
+    m_row = by_channel ? tile_w * kLanes : round_up<int64_t>(tile_w, kLanes);
   }
 
   void set_planes() {
-    const int64_t reach = (g.kernel_w - 1) * g.dil_w / g.stride_w + 1;
-    used = tile_w + reach;
-    columns = round_up<int64_t>(tile_w, kLanes) + reach;  // vectors of columns go past the last one
-    pitch = g.stride_w * columns;
+    const int64_t reach = (g.kernel_w - 1) * g.dil_w / g.stride_w,
+                  own = ceil_div<int64_t>(tile_w, kLanes);
+    const bool apart = !by_channel && reach > 0;
+    lane_step = apart ? own : 1;
+    vector_step = apart ? 1 : kLanes;
+    vectors = apart ? own + reach : ceil_div<int64_t>(tile_w + reach, kLanes);
+    columns = vectors * kLanes;
+    pitch = phases * columns;
     const int64_t rows = (tile_h - 1) * g.stride_h + (g.kernel_h - 1) * g.dil_h + 1;
-    plane = (ceil_div<int64_t>(rows * pitch, kLanes) | 1) * kLanes;
+    plane = (rows * pitch / kLanes | 1) * kLanes;
   }
 
   // Distances in P of the taps of one list of channels, or of one channel.
   void set_distances(int32_t* to) const {
-    const int64_t channels = filter.pattern == Pattern::blocks ? 1 : filter.channels_of_list;
+    const int64_t channels = by_channel ? 1 : filter.channels_of_list,
+                  column = by_channel ? 1 : kLanes;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t i = 0; i < g.kernel_h; ++i)
         for (int64_t j = 0; j < g.kernel_w; ++j)
           *to++ = int32_t(c * plane + i * g.dil_h * pitch + j * g.dil_w % g.stride_w * columns +
-                          j * g.dil_w / g.stride_w);
+                          j * g.dil_w / g.stride_w * column);
   }
+
+  // Output channels that are not cut: a vector, or lists that are sorted together.
+  int64_t grain() const { return by_channel ? kLanes : kSorted; }
 
   // First output channel of a part: parts have equal shares of the entries.
   int64_t part_begin(int64_t part) const {
     if (part == 0 || part == parts) return part ? filter.K : 0;
-    int64_t unit = 0;
-    for (int64_t before = 0; unit < filter.units && before * parts < part * entries; ++unit)
-      for (int64_t b = 0; b < (filter.pattern == Pattern::blocks ? 1 : filter.channel_blocks);
-           ++b) {
-        const int32_t* start = filter.starts();
-        const int64_t k0 = unit * kLanes, k1 = min(filter.K, k0 + kLanes);
-        before += filter.pattern == Pattern::blocks
-                      ? start[unit + 1] - start[unit]
-                      : start[filter.list(b, k0) + (k1 - k0)] - start[filter.list(b, k0)];
+    int64_t k = 0;
+    for (int64_t before = 0; k < filter.K && before * parts < part * entries; k += grain())
+      for (int64_t b = 0; b < (by_channel ? 1 : filter.channel_blocks); ++b) {
+        const int32_t* start = filter.starts() + (by_channel ? k / kLanes : b * filter.K + k);
+        before += start[by_channel ? 1 : min(kSorted, filter.K - k)] - start[0];
       }
-    return min(filter.K, unit * kLanes);
+    return min(filter.K, k);
   }
 
   // --- load ---
@@ -255,11 +305,11 @@ struct Run {
     const T* in = static_cast<const T*>(params.input) + image * g.c * g.h * g.w;
     for (int64_t row = 0; row < input_rows; ++row) {
       const int64_t y = top + row;
-      for (int64_t phase = 0; phase < g.stride_w; ++phase) {
+      for (int64_t phase = 0; phase < phases; ++phase) {
         float* to = planes + row * pitch + phase * columns;
         if (y < 0 || y >= g.h) {
           for (int64_t c = 0; c < g.c; ++c)
-            __builtin_memset(to + c * plane, 0, used * sizeof(float));
+            __builtin_memset(to + c * plane, 0, columns * sizeof(float));
         } else if (g.channels_last) {
           load_pixels(in + y * g.w * g.c, left + phase, to);
         } else {
@@ -270,43 +320,59 @@ struct Run {
     }
   }
 
+  // L numbers of a row from column x on, zero outside.
+  PYWINO_INLINE vec load_columns(const T* in, int64_t x) const {
+    if (x >= 0 && x + kLanes <= g.w) return load(in + x);
+    const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x)));
+    const int hi = int(max<int64_t>(0, min<int64_t>(kLanes, g.w - x)));
+    return lo < hi ? load_part(in + x, lo, hi) : zero();
+  }
+
   // Every stride-th number of a row, from column x on, zero outside.
   void load_row(const T* in, int64_t x, float* to) const {
-    if (g.stride_w == 1) {
-      for (int64_t q = 0; q < used; q += kLanes) {
-        const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x - q)));
-        const int hi = int(max<int64_t>(0, min<int64_t>(kLanes, g.w - x - q)));
-        const vec v = lo >= hi                  ? zero()
-                      : lo == 0 && hi == kLanes ? load(in + x + q)
-                                                : load_part(in + x + q, lo, hi);
-        store_part(to + q, v, 0, int(min<int64_t>(kLanes, used - q)));
+    if (g.stride_w == 1 && vector_step == kLanes) {
+      for (int64_t q = 0; q < columns; q += kLanes) store(to + q, load_columns(in, x + q));
+    } else if (g.stride_w == 1) {
+      for (int64_t q = 0; q < vectors; q += kLanes) {
+        vec r[kLanes];
+        for (int l = 0; l < kLanes; ++l) r[l] = load_columns(in, x + l * lane_step + q);
+        transpose(r);
+        for (int i = 0; i < min<int64_t>(kLanes, vectors - q); ++i)
+          store(to + (q + i) * kLanes, r[i]);
       }
-      return;
+    } else {
+      for (int64_t q = 0; q < vectors; ++q)
+        for (int l = 0; l < kLanes; ++l) {
+          const int64_t at = x + (q * vector_step + l * lane_step) * g.stride_w;
+          to[q * kLanes + l] = at >= 0 && at < g.w ? get(in + at) : 0.f;
+        }
     }
-    for (int64_t q = 0; q < used; ++q, x += g.stride_w)
-      to[q] = x >= 0 && x < g.w ? get(in + x) : 0.f;
   }
 
   // The same for all channels of a row of pixels.
   void load_pixels(const T* in, int64_t x0, float* to) const {
-    for (int64_t q = 0; q < used; q += kLanes) {
-      const int width = int(min<int64_t>(kLanes, used - q));
-      const int64_t first = x0 + q * g.stride_w, step = g.stride_w * g.c;
-      const bool inside = first >= 0 && first + (kLanes - 1) * g.stride_w < g.w;
+    const int64_t step = lane_step * g.stride_w;
+    for (int64_t q = 0; q < vectors; ++q) {
+      const int64_t first = x0 + q * vector_step * g.stride_w;
+      const bool inside = first >= 0 && first + (kLanes - 1) * step < g.w;
       for (int64_t c = 0; c < g.c; c += kLanes) {
         const int lanes = int(min<int64_t>(kLanes, g.c - c));
         vec r[kLanes];
         if (inside && lanes == kLanes) {
           const T* from = in + first * g.c + c;
-          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = load(from + i * step);
+          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = load(from + i * step * g.c);
         } else {
           for (int i = 0; i < kLanes; ++i) {
-            const int64_t x = first + i * g.stride_w;
+            const int64_t x = first + i * step;
             r[i] = x >= 0 && x < g.w ? load_part(in + x * g.c + c, 0, lanes) : zero();
           }
         }
         transpose(r);
-        for (int i = 0; i < lanes; ++i) store_part(to + (c + i) * plane + q, r[i], 0, width);
+        float* p = to + c * plane + q * kLanes;
+        if (lanes == kLanes)
+          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) store(p + i * plane, r[i]);
+        else
+          for (int i = 0; i < lanes; ++i) store(p + i * plane, r[i]);
       }
     }
   }
@@ -314,25 +380,21 @@ struct Run {
   // --- product ---
   void lists(int64_t k0, int64_t k1, int64_t rows, int64_t width, const float* planes,
              float* m) const {
-    const int vectors = int(ceil_div<int64_t>(width, kLanes));
-    const int together = kVectors >= 4 && vectors == 2 ? 2 : vectors == 1 ? 3 : 1;
-    const int64_t step = g.stride_h * pitch;
-    for (int64_t b = 0; b < filter.channel_blocks; ++b)
-      for (int64_t row = 0; row < rows;) {
-        const bool several = together > 1 && row + together <= rows;
-        for (int v = 0; v < vectors; v += kVectors) {
-          const MultiplyList multiply = !several        ? kOneRow[min(kVectors, vectors - v) - 1]
-                                        : together == 2 ? kTwoRows
-                                                        : kThreeRows;
-          const float* p = planes + b * filter.channels_of_list * plane + row * step + v * kLanes;
-          for (int64_t k = k0; k < k1; ++k) {
-            const int32_t* start = filter.starts() + filter.list(b, k);
-            multiply(filter.entries() + start[0], filter.entries() + start[1], distance, p, step,
-                     m + ((k - k0) * rows + row) * m_row + v * kLanes, m_row, b == 0);
-          }
-        }
-        row += several ? together : 1;
+    const int own = int(lane_step == 1 ? ceil_div<int64_t>(width, kLanes) : m_row / kLanes),
+              most = kVectors / min(own, kVectors);
+    const int64_t step = g.stride_h * pitch, channel = rows * m_row;
+    for (int64_t b = 0; b < filter.channel_blocks; ++b) {
+      const int64_t list = b * filter.K + k0;
+      for (int64_t row = 0; row < rows; row += most) {
+        const int together = int(min<int64_t>(most, rows - row));
+        for (int v = 0; v < own; v += kVectors)
+          kMultiplyLists[together - 1][min(kVectors, own - v) - 1](
+              k1 - k0, filter.starts() + list, filter.rows() + list, filter.numbers(),
+              filter.places(entries), distance,
+              planes + b * filter.channels_of_list * plane + row * step + v * kLanes, step,
+              m - k0 * channel + row * m_row + v * kLanes, m_row, channel, b == 0);
       }
+    }
   }
 
   void blocks(int64_t k0, int64_t k1, int64_t rows, int64_t width, const float* planes,
@@ -355,45 +417,88 @@ struct Run {
   }
 
   // --- store ---
-  // L output channels of L neighbouring pixels at a time, as rows of pixels in r.
   void store_tile(int64_t image, int64_t y0, int64_t x0, int64_t k0, int64_t k1, int64_t rows,
                   int64_t width, const float* m) const {
-    const bool by_channel = filter.pattern == Pattern::blocks;  // lanes of M are channels
-    T* out = static_cast<T*>(params.output);
+    T* out = static_cast<T*>(params.output) + image * filter.K * out_h * out_w;
     for (int64_t k = k0; k < k1; k += kLanes) {
       const int lanes = int(min<int64_t>(kLanes, k1 - k));
       const vec bias = params.bias ? load_part(params.bias + k, 0, lanes) : zero();
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t x = 0; x < width; x += kLanes) {
-          const int pixels = int(min<int64_t>(kLanes, width - x));
-          vec r[kLanes];
-          if (by_channel) {
-            const float* from = m + ((k - k0) / kLanes * rows + row) * m_row + x * kLanes;
-            for (int i = 0; i < kLanes; ++i)
-              r[i] = i < pixels ? load(from + i * kLanes) + bias : zero();
-            if (!g.channels_last) transpose(r);
-          } else {
-            const float* from = m + ((k - k0) * rows + row) * m_row + x;
-            for (int i = 0; i < kLanes; ++i)
-              r[i] = i < lanes ? load(from + i * rows * m_row) + bias[i] : zero();
-            if (g.channels_last) transpose(r);
-          }
-          const int64_t y = y0 + row;
-          if (g.channels_last) {
-            T* to = out + ((image * out_h + y) * out_w + x0 + x) * filter.K + k;
-            for (int i = 0; i < pixels; ++i) store_part(to + i * filter.K, r[i], 0, lanes);
-          } else {
-            T* to = out + ((image * filter.K + k) * out_h + y) * out_w + x0 + x;
-            for (int i = 0; i < lanes; ++i) store_part(to + i * out_h * out_w, r[i], 0, pixels);
-          }
-        }
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t pixel = (y0 + row) * out_w + x0;
+        if (by_channel)
+          store_channels(m + ((k - k0) / kLanes * rows + row) * m_row, width, k, lanes, bias, out,
+                         pixel);
+        else
+          store_columns(m + ((k - k0) * rows + row) * m_row, rows * m_row, width, k, lanes, bias,
+                        out, pixel);
+      }
     }
+  }
+
+  // L output channels of a row of pixels, lanes = channels.
+  void store_channels(const float* m, int64_t width, int64_t k, int lanes, vec bias, T* out,
+                      int64_t pixel) const {
+    for (int64_t x = 0; x < width; x += kLanes) {
+      const int pixels = int(min<int64_t>(kLanes, width - x));
+      vec r[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        r[i] = i < pixels ? load(m + (x + i) * kLanes) + bias : zero();
+      if (g.channels_last) {
+        for (int i = 0; i < pixels; ++i) store_pixel(out, pixel + x + i, k, lanes, r[i]);
+      } else {
+        transpose(r);
+        for (int i = 0; i < lanes; ++i)
+          store_part(out + (k + i) * out_h * out_w + pixel + x, r[i], 0, pixels);
+      }
+    }
+  }
+
+  // The same, lanes = columns; the next channel is `pitch` floats on.
+  void store_columns(const float* m, int64_t pitch, int64_t width, int64_t k, int lanes, vec bias,
+                     T* out, int64_t pixel) const {
+    const int64_t own = m_row / kLanes;
+    vec r[kLanes];
+    if (g.channels_last) {
+      for (int64_t q = 0; q < own; ++q) {
+        for (int i = 0; i < kLanes; ++i)
+          r[i] = i < lanes ? load(m + i * pitch + q * kLanes) : zero();
+        transpose(r);
+        for (int i = 0; i < kLanes; ++i)
+          if (const int64_t x = q * vector_step + i * lane_step; x < width)
+            store_pixel(out, pixel + x, k, lanes, r[i] + bias);
+      }
+      return;
+    }
+    for (int i = 0; i < lanes; ++i, m += pitch) {
+      T* to = out + (k + i) * out_h * out_w + pixel;
+      if (lane_step == 1) {
+        for (int64_t x = 0; x < width; x += kLanes)
+          store_part(to + x, load(m + x) + bias[i], 0, int(min<int64_t>(kLanes, width - x)));
+        continue;
+      }
+      for (int64_t q = 0; q < own; q += kLanes) {
+        const int64_t count = min<int64_t>(kLanes, own - q);
+        for (int n = 0; n < kLanes; ++n)
+          r[n] = n < count ? load(m + (q + n) * kLanes) + bias[i] : zero();
+        transpose(r);
+        for (int l = 0; l < kLanes; ++l)
+          if (const int64_t x = l * lane_step + q; x < width)
+            store_part(to + x, r[l], 0, int(min(count, width - x)));
+      }
+    }
+  }
+
+  PYWINO_INLINE void store_pixel(T* out, int64_t pixel, int64_t k, int lanes, vec value) const {
+    T* to = out + pixel * filter.K + k;
+    if constexpr (sizeof(T) == 4)
+      if (stream) return pywino::stream(reinterpret_cast<float*>(to), value);
+    store_part(to, value, 0, lanes);
   }
 
   static void body(void* arg) {
     Run& run = *static_cast<Run*>(arg);
     const int64_t K = round_up<int64_t>(run.filter.K, kLanes);
-    const int64_t planes = run.g.c * run.plane + kLanes;
+    const int64_t planes = run.g.c * run.plane;
     const int64_t m_floats =
         (run.filter.pattern == Pattern::blocks ? K / kLanes : K) * run.tile_h * run.m_row;
     float* memory = static_cast<float*>(scratch((planes + m_floats) * 4, ScratchSlot::own));
@@ -401,8 +506,6 @@ struct Run {
       run.failed = true;
       return;
     }
-    // Columns that are not used are multiplied too, in the last lanes of a row; what comes out is not stored.
-    __builtin_memset(memory, 0, planes * sizeof(float));
     const int64_t tiles = run.g.n * run.tiles_h * run.tiles_w;
     for (int64_t task = take(&run.next); task < tiles * run.parts; task = take(&run.next)) {
       const int64_t tile = task / run.parts, part = task % run.parts;
@@ -474,15 +577,17 @@ struct Packing {
                j * p.stride_w);
   }
 
-  // use(list, entries so far, …) for every entry in the order of the lists; how many there are.
+  // begin(list, entries so far) and use(entries so far, k, c, i, j) in the order of the lists; how many entries there are. `rows`:
+  // the output channel of each list, nullptr: as they come.
   template <typename Begin, typename Use>
-  int64_t walk(const Begin& begin, const Use& use) const {
+  int64_t walk(const int32_t* rows, const Begin& begin, const Use& use) const {
     int64_t entries = 0;
     const bool blocks = view.pattern == Pattern::blocks;
     const int64_t width = blocks ? kLanes : 1, depth = blocks ? C : view.channels_of_list;
     int64_t list = 0;
     for (int64_t c0 = 0; c0 < C; c0 += depth)
-      for (int64_t k = 0; k < K; k += width) {
+      for (int64_t k0 = 0; k0 < K; k0 += width) {
+        const int64_t k = rows ? rows[list] : k0;
         begin(list++, entries);
         for (int64_t c = c0; c < min(C, c0 + depth); ++c) {
           if (blocks) {
@@ -503,21 +608,40 @@ struct Packing {
   }
 
   int64_t count() const {
-    return walk([](auto...) {}, [](auto...) {});
+    return walk(nullptr, [](auto...) {}, [](auto...) {});
+  }
+
+  // The longer ones of kSorted neighbouring lists first; `starts` are theirs as they come.
+  void sort(const int32_t* starts, int32_t* rows) const {
+    for (int64_t first = 0; first < view.lists; first += K)
+      for (int64_t k0 = 0; k0 < K; k0 += kSorted)
+        for (int64_t k = k0; k < min(K, k0 + kSorted); ++k) {
+          const auto length = [&](int64_t of) {
+            return starts[first + of + 1] - starts[first + of];
+          };
+          int64_t i = first + k;
+          for (; i > first + k0 && length(rows[i - 1]) < length(k); --i) rows[i] = rows[i - 1];
+          rows[i] = int32_t(k);
+        }
   }
 
   void write(int64_t entries) const {
-    __builtin_memset(view.words, 0, view.head() * sizeof(int32_t));
+    // The heads, and the ends of what makes a whole number of words.
+    __builtin_memset(view.words, 0,
+                     (view.head() + round_up<int64_t>(entries, 16)) * sizeof(int32_t));
     const auto begin = [&](int64_t list, int64_t entry) { view.starts()[list] = int32_t(entry); };
     if (view.pattern == Pattern::unstructured) {
-      walk(begin, [&](int64_t at, int64_t k, int64_t c, int64_t i, int64_t j) {
+      __builtin_memset(view.places(entries), 0, round_up<int64_t>(entries, 16) * sizeof(uint16_t));
+      walk(nullptr, begin, [](auto...) {});
+      sort(view.starts(), view.rows());
+      walk(view.rows(), begin, [&](int64_t at, int64_t k, int64_t c, int64_t i, int64_t j) {
         const int64_t tap = (c % view.channels_of_list * p.kernel_h + i) * p.kernel_w + j;
-        view.entries()[at] = {weight(k, c, i, j), uint32_t(tap)};
+        view.numbers()[at] = weight(k, c, i, j);
+        view.places(entries)[at] = uint16_t(tap);
       });
       return;
     }
-    __builtin_memset(view.channels(), 0, round_up<int64_t>(entries, 16) * sizeof(int32_t));
-    walk(begin, [&](int64_t at, int64_t k, int64_t c, int64_t, int64_t) {
+    walk(nullptr, begin, [&](int64_t at, int64_t k, int64_t c, int64_t, int64_t) {
       view.channels()[at] = int32_t(c);
       float* to = view.values(entries) + at * view.taps * kLanes;
       for (int64_t i = 0; i < p.kernel_h; ++i)
@@ -531,6 +655,7 @@ struct Packing {
 int64_t packed_words(const FilterParams& params, Pattern pattern) {
   return with_dtype(params.dtype, [&](auto element) -> int64_t {
     const Packing<decltype(element)> packing(params, pattern, nullptr);
+    if (packing.view.taps > kMostTaps) return -1;
     const int64_t entries = packing.count();
     return entries > INT32_MAX ? -1 : packing.view.size(entries);
   });

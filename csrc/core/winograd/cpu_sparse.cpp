@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Winograd forward convolution with a filter of the Winograd domain that has zeros, compiled once per instruction set.
+// Winograd forward convolution with a filter of the Winograd domain that has zeros, and its input gradient, compiled once per
+// instruction set.
 //
 // Stages and chunks are those of cpu_forward.cpp. The product takes one position xi after the other, for as many output
 // channels as fit, so that V[xi] is read from the core's caches, and it multiplies what sparse.h lists:
@@ -14,11 +15,12 @@
 //   unstructured  V [xi][slab of n L tiles][C][n L]          M [xi][slab][k][n L]
 //
 // The chunks are shared among the threads (every chunk is the same work, whatever the zeros are). Where there are too few
-// tiles for that, all threads transform one chunk together and then take vectors of output channels, those with the most
-// entries first.
+// tiles for that, all threads go through each stage of one chunk
+// together: V[xi] and the filter of xi are then read by one thread, once.
 #include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "overlap.h"
 #include "sparse.h"
 #include "stages.h"
 #include "tiles.h"
@@ -33,6 +35,12 @@ using Filter = SparseView<const int32_t>;
 PYWINO_INLINE int64_t take(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
+
+// Units of output channels of which M holds the products at once.
+struct Panel {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
 
 // --- blocks ---------------------------------------------------------------------------------------------------------------
 // M[r][lane] = sum over the listed c of V[r][c] U[c][lane] for MR tiles; the next tile of M is `pitch` floats on.
@@ -75,7 +83,8 @@ constexpr const MultiplyBlocks* kMultiplyBlocks =
 struct Blocks {
   static constexpr int64_t kGrain = 1;  // chunks are cut at multiples of so many tiles
 
-  // Products of a chunk.
+  // Products of a chunk, and how many times four of them fetch ahead (Prefetch).
+  static constexpr int64_t kDepth = 4;
   static int64_t calls(const Filter& filter, int tiles) {
     return filter.lists * Groups(tiles, kRows1).count;
   }
@@ -86,17 +95,18 @@ struct Blocks {
     input_stage<M>(job, first, t0, t1, Groups(tiles, kRows1), block0, block1, v);
   }
 
-  // Position xi for units [u0, u1).
+  // Position xi for units [u0, u1) of `panel`.
   template <int M, typename T>
   static void product(const Job<T>& job, const Filter& filter, int64_t entries, int tiles,
-                      int64_t xi, int64_t u0, int64_t u1, const float* v, float* m,
-                      Prefetch<M, T>& ahead) {
+                      int64_t xi, const Panel& panel, int64_t u0, int64_t u1, const float* v,
+                      float* m, Prefetch<M, T>& ahead) {
     const Groups groups(tiles, kRows1);
     const float* values = filter.values(entries);
     for (int64_t u = u0; u < u1; ++u) {
-      const int64_t pair = (u - u0) / 2, vectors = min<int64_t>(2, u1 - u0 - 2 * pair);
+      const int64_t pair = (u - panel.begin) / 2,
+                    vectors = min<int64_t>(2, panel.size() - 2 * pair);
       const int32_t* start = filter.starts() + xi * filter.units + u;
-      float* out = m + pair * tiles * kPanel + (u - u0) % 2 * kLanes;
+      float* out = m + pair * tiles * kPanel + (u - panel.begin) % 2 * kLanes;
       for (int g = 0; g < groups.count; ++g) {
         fetch(ahead.next(), 0);
         kMultiplyBlocks[groups.size(g) - 1](
@@ -107,85 +117,114 @@ struct Blocks {
     }
   }
 
+  // Tiles [t0, t1) of units [u0, u1), where u0 is even.
   template <int M, typename T>
-  static void output(const Job<T>& job, int64_t first, int tiles, int64_t u0, int64_t u1,
-                     int64_t stride, const float* m, float*) {
+  static void output(const Job<T>& job, int64_t first, int tiles, int t0, int t1,
+                     const Panel& panel, int64_t u0, int64_t u1, int64_t stride, const float* m,
+                     float*) {
     Job<T> own = job;
     own.stride_m = stride;
-    for (int64_t u = u0; u < u1; u += 2)
-      output_stage<M>(own, first, 0, tiles, u * kLanes, int(min<int64_t>(2, u1 - u)),
-                      m + (u - u0) / 2 * tiles * kPanel);
+    for (int64_t u = u0; u < u1; u += 2) {
+      const int64_t vectors = min<int64_t>(2, panel.end - u);
+      output_stage<M>(own, first, t0, t1, u * kLanes, int(vectors),
+                      m + (u - panel.begin) / 2 * tiles * kPanel + t0 * vectors * kLanes);
+    }
   }
 };
 
 // --- unstructured -----------------------------------------------------------------------------------------------------------
-constexpr int kSums = 4;                         // of a list: an addition takes four cycles
+constexpr int kSums = 2;                         // of a list
 constexpr int kSlab = kRegisters == 32 ? 4 : 3;  // most vectors of tiles in a slab
+constexpr int kChunk = 3;                        // vectors of tiles of a thread's own chunk
+constexpr int64_t kListsPerCall = 16;
 
-// M[tiles] (+)= sum over a list of U V[c][tiles], for NV vectors of tiles. The order of the sums is the same for every NV.
+// M[k][tiles] (+)= sum over the list of k of U V[c][tiles], for NV vectors of tiles and `count` lists. The order of the sums is
+// the same for every NV. One load brings four values: loads are what limits this loop.
 template <int NV>
-void multiply_list(const Entry* __restrict e, const Entry* __restrict end,
-                   const float* __restrict v, float* __restrict m, bool first) {
+void multiply_lists(int64_t count, const int32_t* __restrict starts, const int32_t* __restrict rows,
+                    const float* __restrict values, const uint8_t* __restrict channels,
+                    const float* __restrict v, float* __restrict m, bool first,
+                    const Ahead& ahead) {
   constexpr int Q = kSums;
-  vec sum[Q][NV];
-  PYWINO_UNROLL for (int q = 0; q < Q; ++q) PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[q][n] =
-      zero();
-  for (; e + Q <= end; e += Q) PYWINO_UNROLL for (int q = 0; q < Q; ++q) {
-      const float* x = v + uint64_t(e[q].channel) * (NV * kLanes);
-      const float u = e[q].value;
+  for (int64_t i = 0; i < count; ++i) {
+    fetch(ahead, i);
+    int64_t e = starts[i];
+    const int64_t end = starts[i + 1];
+    vec sum[Q][NV];
+    PYWINO_UNROLL for (int q = 0; q < Q; ++q) PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[q][n] =
+        zero();
+    const auto add = [&](int q, vec u, int64_t at) __attribute__((always_inline)) {
+      const float* x = v + uint64_t(channels[at]) * (NV * kLanes);
       PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[q][n] += u * load(x + n * kLanes);
+    };
+    for (; e + 4 <= end; e += 4) {
+      prefetch(values + e + 128);
+      prefetch(channels + e + 512);
+      const vec u = load_fours(values + e);
+      add(0 % Q, of_four<0>(u), e);
+      add(1 % Q, of_four<1>(u), e + 1);
+      add(2 % Q, of_four<2>(u), e + 2);
+      add(3 % Q, of_four<3>(u), e + 3);
     }
-  for (; e < end; ++e) {
-    const float* x = v + uint64_t(e->channel) * (NV * kLanes);
-    const float u = e->value;
-    PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[0][n] += u * load(x + n * kLanes);
-  }
-  PYWINO_UNROLL for (int n = 0; n < NV; ++n) {
-    PYWINO_UNROLL for (int q = 1; q < Q; ++q) sum[0][n] += sum[q][n];
-    store(m + n * kLanes, first ? sum[0][n] : load(m + n * kLanes) + sum[0][n]);
+    for (; e < end; ++e) add(0, values[e] - vec{}, e);
+    float* to = m + int64_t(rows[i]) * (NV * kLanes);
+    PYWINO_UNROLL for (int n = 0; n < NV; ++n) {
+      PYWINO_UNROLL for (int q = 1; q < Q; ++q) sum[0][n] += sum[q][n];
+      store(to + n * kLanes, first ? sum[0][n] : load(to + n * kLanes) + sum[0][n]);
+    }
   }
 }
 
-using MultiplyList = void (*)(const Entry*, const Entry*, const float*, float*, bool);
-constexpr MultiplyList kMultiplyList[] = {multiply_list<1>, multiply_list<2>, multiply_list<3>,
-                                          multiply_list<4>};
+using MultiplyLists = void (*)(int64_t, const int32_t*, const int32_t*, const float*,
+                               const uint8_t*, const float*, float*, bool, const Ahead&);
+constexpr MultiplyLists kMultiplyLists[] = {multiply_lists<1>, multiply_lists<2>, multiply_lists<3>,
+                                            multiply_lists<4>};
 
 struct Lists {
   static constexpr int64_t kGrain = kLanes;
 
+  static constexpr int64_t kDepth = 4 * kListsPerCall;
   static int64_t calls(const Filter& filter, int tiles) {
-    return filter.lists * Groups(ceil_div(tiles, kLanes), kSlab).count;
+    return ceil_div(filter.lists, kListsPerCall) * Groups(ceil_div(tiles, kLanes), kSlab).count;
   }
 
-  // Patches or products of L tiles and L channels, lanes = channels: [xi][tile][L].
+  // Patches of L tiles and L channels, lanes = channels: [xi][tile][L]; or their outputs.
   template <int M>
   static constexpr int64_t kStage = Transform<M>::A * Transform<M>::A * kLanes * kLanes;
 
-  // Tiles [t0, t1), where t0 is a multiple of L, of a chunk of `tiles`.
   template <int M, typename T>
   static void input(const Job<T>& job, int64_t first, int tiles, int t0, int t1, int64_t block0,
                     int64_t block1, float* v, float* stage) {
-    constexpr int A2 = Transform<M>::A * Transform<M>::A;
+    transposed_patches<InputPatch<M>>(job.sources[0], job.grid, first, tiles, t0, t1, block0,
+                                      block1, job.params.winograd_relu, v, job.stride_v, stage);
+  }
+
+  // Tiles [t0, t1), where t0 is a multiple of L, of a chunk of `tiles`.
+  template <typename Patch, typename T>
+  static void transposed_patches(const Source<T>& source, const Grid& grid, int64_t first,
+                                 int tiles, int t0, int t1, int64_t block0, int64_t block1,
+                                 bool relu_after, float* v, int64_t stride, float* stage) {
+    constexpr int A2 = Patch::kOut * Patch::kOut;
     constexpr int64_t pitch = kLanes * kLanes;
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
-    const int64_t C = job.geometry.input.c;
+    const int64_t C = source.channels;
     for (int t = t0; t < t1; t += kLanes) {
       const int slab = slabs.of(t / kLanes), count = min(kLanes, t1 - t);
       const int64_t width = slabs.size(slab) * kLanes;
       float* to = v + slabs.start(slab) * C * kLanes + (t - slabs.start(slab) * kLanes);
       for (int64_t b = block0; b < block1; ++b) {
-        transform_tiles<InputPatch<M>>(
-            job.sources[0], job.grid, first, t, t + count, b, b + 1,
+        transform_tiles<Patch>(
+            source, grid, first, t, t + count, b, b + 1,
             [&](int tile, int64_t)
                 __attribute__((always_inline)) { return int64_t(tile - t) * kLanes; },
-            job.params.winograd_relu, stage, pitch);
+            relu_after, stage, pitch);
         const int channels = int(min<int64_t>(kLanes, C - b * kLanes));
         for (int xi = 0; xi < A2; ++xi) {
           vec r[kLanes];
           PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) r[i] =
               i < count ? load(stage + xi * pitch + i * kLanes) : zero();
           transpose(r);
-          float* row = to + xi * job.stride_v + b * kLanes * width;
+          float* row = to + xi * stride + b * kLanes * width;
           if (channels == kLanes)
             PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) store(row + c * width, r[c]);
           else
@@ -196,56 +235,81 @@ struct Lists {
   }
 
   template <int M, typename T>
-  static void product(const Job<T>& job, const Filter& filter, int64_t, int tiles, int64_t xi,
-                      int64_t u0, int64_t u1, const float* v, float* m, Prefetch<M, T>& ahead) {
+  static void product(const Job<T>& job, const Filter& filter, int64_t entries, int tiles,
+                      int64_t xi, const Panel& panel, int64_t u0, int64_t u1, const float* v,
+                      float* m, Prefetch<M, T>& ahead) {
+    position(filter, entries, job.geometry.out_channels, job.geometry.input.c, tiles, xi, panel, u0,
+             u1, v, m, [&]() -> const Ahead& { return ahead.next(); });
+  }
+
+  // [u0, u1) begins at a multiple of kSorted output channels, so that it holds whole groups of sorted lists.
+  template <typename Next>
+  static void position(const Filter& filter, int64_t entries, int64_t K, int64_t C, int tiles,
+                       int64_t xi, const Panel& panel, int64_t u0, int64_t u1, const float* v,
+                       float* m, const Next& next) {
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
-    const int64_t C = job.geometry.input.c, K = job.geometry.out_channels,
-                  rows = (u1 - u0) * kLanes, k0 = u0 * kLanes, k1 = min(K, u1 * kLanes);
+    const int64_t rows = panel.size() * kLanes, k0 = u0 * kLanes, k1 = min(K, u1 * kLanes);
     for (int s = 0; s < slabs.count; ++s) {
       const int64_t width = slabs.size(s) * kLanes;
-      const MultiplyList multiply = kMultiplyList[slabs.size(s) - 1];
+      float* out = m + slabs.start(s) * rows * kLanes - panel.begin * kLanes * width;
       for (int64_t b = 0; b < filter.sum_blocks; ++b) {
         const float* x = v + slabs.start(s) * C * kLanes + b * kSumBlock * width;
-        const int32_t* start = filter.starts() + (xi * filter.sum_blocks + b) * K;
-        float* out = m + slabs.start(s) * rows * kLanes;
-        for (int64_t k = k0; k < k1; ++k) {
-          fetch(ahead.next(), 0);
-          multiply(filter.entries() + start[k], filter.entries() + start[k + 1], x,
-                   out + (k - k0) * width, b == 0);
-        }
+        const int64_t lists = (xi * filter.sum_blocks + b) * K;
+        for (int64_t k = k0; k < k1; k += kListsPerCall)
+          kMultiplyLists[slabs.size(s) - 1](min(kListsPerCall, k1 - k), filter.starts() + lists + k,
+                                            filter.rows() + lists + k, filter.numbers(),
+                                            filter.places(entries), x, out, b == 0, next());
       }
     }
   }
 
+  // lanes = tiles: A^T M A first, then its M x M outputs are transposed and not the A x A products.
   template <int M, typename T>
-  static void output(const Job<T>& job, int64_t first, int tiles, int64_t u0, int64_t u1,
-                     int64_t stride, const float* m, float* stage) {
-    constexpr int A2 = Transform<M>::A * Transform<M>::A;
-    constexpr int64_t pitch = kLanes * kLanes;
-    Job<T> own = job;
-    own.stride_m = pitch;
+  static void output(const Job<T>& job, int64_t first, int tiles, int t0, int t1,
+                     const Panel& panel, int64_t u0, int64_t u1, int64_t stride, const float* m,
+                     float* stage) {
+    constexpr int64_t pitch = kLanes * kLanes;  // of the stage: an output of L tiles and L channels
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
-    const int64_t K = job.geometry.out_channels, rows = (u1 - u0) * kLanes;
+    const int64_t K = job.geometry.out_channels, rows = panel.size() * kLanes;
     for (int64_t u = u0; u < u1; ++u)
-      for (int t = 0; t < tiles; t += kLanes) {
+      for (int t = t0; t < t1; t += kLanes) {
         const int slab = slabs.of(t / kLanes), channels = int(min<int64_t>(kLanes, K - u * kLanes));
         const int64_t width = slabs.size(slab) * kLanes;
-        const float* from = m + slabs.start(slab) * rows * kLanes + (u - u0) * kLanes * width +
-                            (t - slabs.start(slab) * kLanes);
-        for (int xi = 0; xi < A2; ++xi) {
+        const float* from = m + slabs.start(slab) * rows * kLanes +
+                            (u - panel.begin) * kLanes * width + (t - slabs.start(slab) * kLanes);
+        for (int c = 0; c < channels; ++c)
+          transform_product<M>(from + c * width, stride, M,
+                               [&](int i, vec* y) __attribute__((always_inline)) {
+                                 PYWINO_UNROLL for (int j = 0; j < M; ++j)
+                                     store(stage + (i * M + j) * pitch + c * kLanes, y[j]);
+                               });
+        for (int o = 0; o < M * M; ++o) {
           vec r[kLanes];
+          float* p = stage + o * pitch;
           PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] =
-              c < channels ? load(from + xi * stride + c * width) : zero();
+              c < channels ? load(p + c * kLanes) : zero();
           transpose(r);
-          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i)
-              store(stage + xi * pitch + i * kLanes, r[i]);
+          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) store(p + i * kLanes, r[i]);
         }
-        output_stage<M>(own, first, t, min(t + kLanes, tiles), u * kLanes, 1, stage);
+        store_outputs<M>(job, first, t, min(t + kLanes, t1), u * kLanes, 1,
+                         [&](int tile, int, int rows, const auto& store_row)
+                             __attribute__((always_inline)) {
+                               PYWINO_ROLLED for (int i = 0; i < rows; ++i) {
+                                 vec y[M];
+                                 PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] =
+                                     load(stage + (i * M + j) * pitch + tile * kLanes);
+                                 store_row(i, y);
+                               }
+                             });
       }
   }
 };
 
 // --- one call ---------------------------------------------------------------------------------------------------------------
+constexpr int64_t kPart = kSorted / kLanes;  // units that a thread takes at a time
+constexpr int kTilesPerTask = 16;
+static_assert(kTilesPerTask % kLanes == 0);
+
 template <int M, typename T, typename Format>
 struct SparseRun {
   static constexpr int64_t A2 = Transform<M>::A * Transform<M>::A;
@@ -254,9 +318,9 @@ struct SparseRun {
   Executor executor;
   Filter filter;
   int64_t entries;
-  int64_t panel;   // units of a panel
-  int64_t chunks;  // of all tiles
-  int64_t stride;  // of M
+  int64_t panel_size;  // units, a multiple of kPart or all
+  int64_t chunks;      // of all tiles
+  int64_t stride;      // of M
   bool joint;
   bool prefetch;
   int64_t next = 0;
@@ -264,7 +328,8 @@ struct SparseRun {
   // joint:
   int64_t first = 0;
   int tiles = 0;
-  float* shared_v = nullptr;
+  Panel panel{0, 0};
+  float *shared_v = nullptr, *shared_m = nullptr;
 
   void chunk_bounds(int64_t chunk, int64_t* begin, int64_t* end) const {
     const int64_t grains = ceil_div(job.grid.tiles, Format::kGrain);
@@ -273,6 +338,8 @@ struct SparseRun {
     *end = min(job.grid.tiles, (*begin + base + (chunk < larger)) * Format::kGrain);
     *begin *= Format::kGrain;
   }
+
+  Panel panel_at(int64_t unit) const { return {unit, min(unit + panel_size, filter.units)}; }
 
   static void private_body(void* arg) {
     SparseRun& run = *static_cast<SparseRun*>(arg);
@@ -289,21 +356,19 @@ struct SparseRun {
       if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
         int64_t next_begin, next_end;
         run.chunk_bounds(next, &next_begin, &next_end);
-        ahead = Prefetch<M, T>(job, next_begin, next_end, Format::calls(run.filter, tiles), 4);
+        ahead = Prefetch<M, T>(job, next_begin, next_end, Format::calls(run.filter, tiles),
+                               Format::kDepth);
       }
       Format::template input<M>(job, begin, tiles, 0, tiles, 0, job.blocks, v, stage);
-      for (int64_t u = 0; u < run.filter.units; u += run.panel)
-        run.units(begin, tiles, u, min(u + run.panel, run.filter.units), v, m, stage, ahead);
+      for (int64_t u = 0; u < run.filter.units; u += run.panel_size) {
+        const Panel panel = run.panel_at(u);
+        for (int64_t xi = 0; xi < A2; ++xi)
+          Format::product(job, run.filter, run.entries, tiles, xi, panel, panel.begin, panel.end,
+                          v + xi * job.stride_v, m + xi * run.stride, ahead);
+        Format::template output<M>(job, begin, tiles, 0, tiles, panel, panel.begin, panel.end,
+                                   run.stride, m, stage);
+      }
     }
-  }
-
-  // Product and output of units [u0, u1) of a chunk.
-  void units(int64_t first, int tiles, int64_t u0, int64_t u1, const float* v, float* m,
-             float* stage, Prefetch<M, T>& ahead) const {
-    for (int64_t xi = 0; xi < A2; ++xi)
-      Format::product(job, filter, entries, tiles, xi, u0, u1, v + xi * job.stride_v,
-                      m + xi * stride, ahead);
-    Format::template output<M>(job, first, tiles, u0, u1, stride, m, stage);
   }
 
   // The stage, and behind it so many floats more.
@@ -313,8 +378,6 @@ struct SparseRun {
     if (!p) failed = true;
     return p;
   }
-
-  static constexpr int kTilesPerTask = 16;
 
   static void joint_input(void* arg) {
     SparseRun& run = *static_cast<SparseRun*>(arg);
@@ -330,32 +393,56 @@ struct SparseRun {
     }
   }
 
-  static void joint_units(void* arg) {
+  static void joint_product(void* arg) {
     SparseRun& run = *static_cast<SparseRun*>(arg);
-    float* stage = run.memory(A2 * run.stride);
-    if (!stage) return;
     Prefetch<M, T> nothing;
-    for (int64_t task = take(&run.next); task < run.filter.units; task = take(&run.next)) {
-      const int64_t u = run.filter.order()[task];
-      run.units(run.first, run.tiles, u, u + 1, run.shared_v, stage + kStage, stage, nothing);
+    const int64_t parts = ceil_div(run.panel.size(), kPart);
+    for (int64_t task = take(&run.next); task < A2 * parts; task = take(&run.next)) {
+      const int64_t xi = task / parts, u = run.panel.begin + task % parts * kPart;
+      Format::product(run.job, run.filter, run.entries, run.tiles, xi, run.panel, u,
+                      min(u + kPart, run.panel.end), run.shared_v + xi * run.job.stride_v,
+                      run.shared_m + xi * run.stride, nothing);
     }
+  }
+
+  static void joint_output(void* arg) {
+    SparseRun& run = *static_cast<SparseRun*>(arg);
+    float* stage = run.memory(0);
+    if (!stage) return;
+    const int64_t pairs = ceil_div<int64_t>(run.panel.size(), 2),
+                  tasks = ceil_div(run.tiles, kTilesPerTask) * pairs;
+    for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
+      const int t0 = int(task / pairs) * kTilesPerTask;
+      const int64_t u = run.panel.begin + task % pairs * 2;
+      Format::template output<M>(run.job, run.first, run.tiles, t0,
+                                 min(t0 + kTilesPerTask, run.tiles), run.panel, u,
+                                 min(u + 2, run.panel.end), run.stride, run.shared_m, stage);
+    }
+  }
+
+  void all_threads(void (*stage)(void*)) {
+    next = 0;
+    executor.run(executor.threads, stage, this);
   }
 
   Status operator()() {
     if (!joint) {
-      executor.run(executor.threads, private_body, this);
+      all_threads(private_body);
       return failed ? Status::out_of_memory : Status::ok;
     }
-    shared_v = static_cast<float*>(scratch(A2 * job.stride_v * 4, ScratchSlot::shared));
+    shared_v = static_cast<float*>(scratch(A2 * (job.stride_v + stride) * 4, ScratchSlot::shared));
     if (!shared_v) return Status::out_of_memory;
+    shared_m = shared_v + A2 * job.stride_v;
     for (int64_t chunk = 0; chunk < chunks && !failed; ++chunk) {
       int64_t end;
       chunk_bounds(chunk, &first, &end);
       tiles = int(end - first);
-      next = 0;
-      executor.run(executor.threads, joint_input, this);
-      next = 0;
-      executor.run(executor.threads, joint_units, this);
+      all_threads(joint_input);
+      for (int64_t u = 0; u < filter.units && !failed; u += panel_size) {
+        panel = panel_at(u);
+        all_threads(joint_product);
+        all_threads(joint_output);
+      }
     }
     return failed ? Status::out_of_memory : Status::ok;
   }
@@ -386,35 +473,31 @@ Status forward_format(const ForwardParams& params, const Filter& filter, int64_t
                reinterpret_cast<uintptr_t>(params.output) % (4 * kLanes) == 0 &&
                (g.channels_last ? g.out_channels : job.out_h * job.out_w) % kLanes == 0;
 
-  // Floats of a tile and position: of V, and of M for a panel.
+  // Floats of a tile and position: of V, and of M for the smallest panel.
   const int64_t depth = lists ? g.input.c : job.lines * kLanes;
-  const int64_t room = kScratchPerThread / 4 / A2;
-  const int64_t block = lists ? kSlab * kLanes : kRows1;  // tiles
+  const int64_t least = min(filter.units, kPart) * kLanes;
+  const int64_t block = lists ? kChunk * kLanes : kRows1;  // tiles
   const int threads = executor.threads;
-  SparseRun<M, T, Format> run{job, executor, filter, entries, filter.units, 1, 0, false, false};
+  int64_t room = kScratchPerThread / 4 / A2;
+  const bool joint = threads > 1 && job.grid.tiles < threads * block;
+  if (joint) room *= threads;
+  const int64_t chunk = max<int64_t>(
+      Format::kGrain, min<int64_t>(joint ? 2 * block : block,
+                                   room / (depth + least) / Format::kGrain * Format::kGrain));
+  const int64_t parts = ceil_div(filter.units, kPart),
+                most = max<int64_t>(1, (room / chunk - depth) / (kPart * kLanes));
+  const int64_t panel_size = min(filter.units, ceil_div(parts, ceil_div(parts, most)) * kPart);
+  SparseRun<M, T, Format> run{job, executor, filter, entries, panel_size, 0, 0, joint, false};
   run.prefetch =
       g.input.n * g.input.c * g.input.h * g.input.w * int64_t(sizeof(T)) > kPrefetchBytes;
-  run.joint = threads > 1 && job.grid.tiles < threads * block;
-  int64_t chunk;
-  if (run.joint) {
-    chunk = min<int64_t>(2 * block, max<int64_t>(Format::kGrain, room * (threads - 1) / depth));
-    run.panel = 1;
-  } else {
-    chunk = block;
-    while (chunk > Format::kGrain && chunk * (depth + kPanel) > room)
-      chunk = max<int64_t>(Format::kGrain, chunk / 2);
-    const int64_t most = max<int64_t>(kPanel, room / chunk - depth) / kPanel * 2;
-    run.panel = min(filter.units,
-                    round_up<int64_t>(ceil_div(filter.units, ceil_div(filter.units, most)), 2));
-  }
   const int64_t grains = ceil_div(job.grid.tiles, Format::kGrain);
   run.chunks = ceil_div(job.grid.tiles, chunk);
   // A whole number of chunks for each thread, while there are few.
-  if (!run.joint && run.chunks < 8 * threads)
+  if (!joint && run.chunks < 8 * threads)
     run.chunks = min<int64_t>(grains, round_up<int64_t>(run.chunks, threads));
   const int64_t tiles = ceil_div(grains, run.chunks) * Format::kGrain;
   run.job.stride_v = padded_stride(tiles * depth);
-  run.stride = padded_stride(tiles * run.panel * kLanes);
+  run.stride = padded_stride(tiles * panel_size * kLanes);
   return run();
 }
 
@@ -448,6 +531,165 @@ Status run_forward(const ForwardParams& params, const Executor& executor) {
   return Status::unsupported;
 }
 
+// --- input gradient -----------------------------------------------------------------------------------------------------------
+// dX = sum over tiles B [ (U^T (A dY A^T)) . mask ] B^T with the lists of U^T: blocks of output channels are none of U^T.
+//
+//   input    D[xi][slab][k][tiles] = A dY A^T
+//   product  P[xi][slab][c][tiles] = U^T D
+//   add      P is transposed, and added to dX where its patches lie. Patches overlap, so one thread does all tiles of a chunk,
+//            for its vectors of input channels
+//
+// All threads go through each stage of one chunk together.
+template <int M, typename T>
+struct SparseInputGradient {
+  static constexpr int64_t A2 = Transform<M>::A * Transform<M>::A;
+  const DomainInputGradientParams& params;
+  const Geometry& g;
+  Filter filter;
+  int64_t entries;
+  Executor executor;
+  Source<T> input, grad;
+  Grid grid;
+  Panel panel;  // all units of input channels
+  int64_t chunks, stride_d, stride_p;
+  int64_t first = 0, next = 0;
+  int tiles = 0;
+  float *d = nullptr, *p = nullptr;
+  bool failed = false;
+
+  SparseInputGradient(const DomainInputGradientParams& params, const Filter& filter,
+                      int64_t entries, const Executor& executor)
+      : params(params),
+        g(params.geometry),
+        filter(filter),
+        entries(entries),
+        executor(executor),
+        input(input_source<T>(g, params.input)),
+        grad(gradient_source<T>(g, params.grad)),
+        grid(g),
+        panel{0, filter.units} {
+    const int64_t depth = grad.channels, width = panel.size() * kLanes,
+                  room = kScratchPerThread * executor.threads / 4 / A2,
+                  grains = ceil_div<int64_t>(grid.tiles, kLanes);
+    // No fewer than two vectors of tiles: a list that is read for one of them costs as much.
+    chunks = ceil_div(grains, max<int64_t>(2, room / ((depth + width) * kLanes)));
+    const int64_t most = ceil_div(grains, chunks) * kLanes;
+    stride_d = padded_stride(most * depth);
+    stride_p = padded_stride(most * width);
+  }
+
+  float* stage() {
+    float* memory = static_cast<float*>(scratch(Lists::kStage<M> * 4, ScratchSlot::own));
+    if (!memory) failed = true;
+    return memory;
+  }
+
+  static void transform(void* arg) {
+    SparseInputGradient& run = *static_cast<SparseInputGradient*>(arg);
+    float* stage = run.stage();
+    if (!stage) return;
+    const int64_t blocks = run.grad.blocks(), tasks = ceil_div(run.tiles, kTilesPerTask) * blocks;
+    for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
+      const int t0 = int(task / blocks) * kTilesPerTask;
+      Lists::transposed_patches<GradientPatch<M>>(
+          run.grad, run.grid, run.first, run.tiles, t0, min(t0 + kTilesPerTask, run.tiles),
+          task % blocks, task % blocks + 1, false, run.d, run.stride_d, stage);
+    }
+  }
+
+  static void product(void* arg) {
+    SparseInputGradient& run = *static_cast<SparseInputGradient*>(arg);
+    const int64_t parts = ceil_div(run.panel.size(), kPart);
+    for (int64_t task = take(&run.next); task < A2 * parts; task = take(&run.next)) {
+      const int64_t xi = task / parts, u = task % parts * kPart;
+      Lists::position(run.filter, run.entries, run.g.input.c, run.g.out_channels, run.tiles, xi,
+                      run.panel, u, min(u + kPart, run.panel.end), run.d + xi * run.stride_d,
+                      run.p + xi * run.stride_p, [] { return kNothing; });
+    }
+  }
+
+  static void add(void* arg) {
+    SparseInputGradient& run = *static_cast<SparseInputGradient*>(arg);
+    float* stage = run.stage();
+    if (!stage) return;
+    for (int64_t u = take(&run.next); u < run.panel.end; u = take(&run.next))
+      for (int t = 0; t < run.tiles; t += kLanes) {
+        run.transpose_products(u, t, stage);
+        const int count = min(kLanes, run.tiles - t);
+        for (int i = 0; i < count;) {
+          const Piece piece = run.grid.strip_piece(run.first + t + i, count - i);
+          add_patches<M>(run.params, run.input, piece, u * kLanes, stage + i * kLanes,
+                         kLanes * kLanes, kLanes);
+          i += piece.count;
+        }
+      }
+  }
+
+  // Those of L tiles and L channels: stage[xi][tile][L].
+  void transpose_products(int64_t u, int t, float* stage) const {
+    const Groups slabs(ceil_div(tiles, kLanes), kSlab);
+    const int slab = slabs.of(t / kLanes),
+              channels = int(min<int64_t>(kLanes, g.input.c - u * kLanes));
+    const int64_t width = slabs.size(slab) * kLanes;
+    const float* from = p + slabs.start(slab) * panel.size() * kLanes * kLanes +
+                        u * kLanes * width + (t - slabs.start(slab) * kLanes);
+    for (int xi = 0; xi < A2; ++xi, from += stride_p) {
+      vec r[kLanes];
+      PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] =
+          c < channels ? load(from + c * width) : zero();
+      transpose(r);
+      PYWINO_UNROLL for (int i = 0; i < kLanes; ++i)
+          store(stage + (xi * kLanes + i) * kLanes, r[i]);
+    }
+  }
+
+  Status operator()() {
+    __builtin_memset(params.input_gradient, 0,
+                     g.input.n * g.input.c * g.input.h * g.input.w * sizeof(float));
+    d = static_cast<float*>(scratch(A2 * (stride_d + stride_p) * 4, ScratchSlot::shared));
+    if (!d) return Status::out_of_memory;
+    p = d + A2 * stride_d;
+    const int64_t grains = ceil_div<int64_t>(grid.tiles, kLanes), base = grains / chunks,
+                  larger = grains % chunks;
+    for (int64_t chunk = 0, grain = 0; chunk < chunks && !failed; ++chunk) {
+      const int64_t count = base + (chunk < larger);
+      first = grain * kLanes;
+      tiles = int(min(grid.tiles - first, count * kLanes));
+      grain += count;
+      void (*const stages[])(void*) = {transform, product, add};
+      for (const auto stage : stages) {
+        next = 0;
+        executor.run(executor.threads, stage, this);
+      }
+    }
+    return failed ? Status::out_of_memory : Status::ok;
+  }
+};
+
+template <int M>
+Status input_gradient_tile(const DomainInputGradientParams& params, const Executor& executor) {
+  const Geometry& g = params.geometry;
+  const Filter filter(params.sparse_filter, Pattern::unstructured, g.input.c, g.out_channels, M);
+  const int64_t n = reinterpret_cast<const SparseHeader*>(params.sparse_filter)->entries;
+  switch (g.dtype) {
+    case DType::f32: return SparseInputGradient<M, float>(params, filter, n, executor)();
+    case DType::bf16: return SparseInputGradient<M, bf16>(params, filter, n, executor)();
+    case DType::f16: return SparseInputGradient<M, f16>(params, filter, n, executor)();
+  }
+  return Status::unsupported;
+}
+
+Status run_input_gradient(const DomainInputGradientParams& params, const Executor& executor) {
+  const auto& header = *reinterpret_cast<const SparseHeader*>(params.sparse_filter);
+  if (Pattern(header.pattern) != Pattern::unstructured) return Status::unsupported;
+  switch (params.geometry.tile) {
+    case 2: return input_gradient_tile<2>(params, executor);
+    case 4: return input_gradient_tile<4>(params, executor);
+    case 6: return input_gradient_tile<6>(params, executor);
+  }
+  return Status::unsupported;
+}
+
 // --- packing ----------------------------------------------------------------------------------------------------------------
 // Two passes over the weight, by units: count the entries of each list, then write them.
 template <typename T>
@@ -455,8 +697,8 @@ struct Packing {
   const FilterParams& p;
   int64_t K, C, stride_k, stride_c;
   SparseView<int32_t> view;
-  int32_t*
-      starts;  // counting: entries of list i, at i + 1; writing: where the next one goes, which ends as the list's end
+  int32_t* cursors =
+      nullptr;  // of list (xi, block, k): entries counted; then where the next one goes
   int64_t entries = 0;
   bool writes = false;
   int64_t next = 0;
@@ -467,8 +709,7 @@ struct Packing {
         C(p.rotate ? p.out_channels : p.in_channels),
         stride_k(p.rotate ? p.stride_c : p.stride_k),
         stride_c(p.rotate ? p.stride_k : p.stride_c),
-        view(words, pattern, K, C, p.tile),
-        starts(words ? view.starts() : nullptr) {}
+        view(words, pattern, K, C, p.tile) {}
 
   PYWINO_INLINE float weight(int64_t k, int64_t c, int i, int j) const {
     return get(static_cast<const T*>(p.weight) + k * stride_k + c * stride_c + i * p.stride_h +
@@ -489,7 +730,7 @@ struct Packing {
               any |= row[k - k0] != 0;
             }
             if (!any) continue;
-            const int64_t at = starts[(i * a + j) * view.units + u + 1]++;
+            const int64_t at = cursors[(i * a + j) * view.units + u]++;
             if (!writes) continue;
             view.channels()[at] = int32_t(c);
             __builtin_memcpy(view.values(entries) + at * kLanes, row, sizeof row);
@@ -503,8 +744,10 @@ struct Packing {
             const float value = weight(k, c, i, j);
             if (value == 0) continue;
             const int64_t list = ((i * a + j) * view.sum_blocks + c / kSumBlock) * K + k;
-            const int64_t at = starts[list + 1]++;
-            if (writes) view.entries()[at] = {value, uint32_t(c % kSumBlock)};
+            const int64_t at = cursors[list]++;
+            if (!writes) continue;
+            view.numbers()[at] = value;
+            view.places(entries)[at] = uint8_t(c % kSumBlock);
           }
   }
 
@@ -518,42 +761,44 @@ struct Packing {
     executor.run(executor.threads, body, this);
   }
 
-  // Counts into `starts`, and makes of starts[i + 1] where list i begins. Entries in all, -1 where a word cannot count them.
+  // Entries in all; -1 where a word cannot count them, or memory has run out.
   int64_t count(const Executor& executor) {
-    __builtin_memset(starts, 0, (view.lists + 1) * sizeof(int32_t));
+    cursors =
+        static_cast<int32_t*>(scratch((view.lists + 1) * sizeof(int32_t), ScratchSlot::shared));
+    if (!cursors) return -1;
+    __builtin_memset(cursors, 0, view.lists * sizeof(int32_t));
     pass(executor);
-    for (int64_t i = 1; i <= view.lists; ++i) {
-      const int64_t here = starts[i];
-      starts[i] = int32_t(entries);
-      entries += here;
-      if (entries > INT32_MAX) return -1;
-    }
-    return entries;
+    for (int64_t i = 0; i < view.lists; ++i) entries += cursors[i];
+    return entries > INT32_MAX ? -1 : entries;
   }
 
-  void order() {
-    int32_t* units = view.order();
-    for (int64_t i = 0; i < view.units; ++i) {
-      const int64_t mine = entries_of(i);
-      int64_t at = i;
-      for (; at > 0 && entries_of(units[at - 1]) < mine; --at) units[at] = units[at - 1];
-      units[at] = int32_t(i);
+  // Where each list begins, the longer ones of kSorted neighbours first.
+  void arrange() {
+    int32_t at = 0;
+    int32_t *starts = view.starts(), *rows = view.rows();
+    if (view.pattern == Pattern::blocks) {
+      for (int64_t i = 0; i < view.lists; ++i) place(i, &starts[i], &at);
+    } else {
+      for (int64_t first = 0; first < view.lists; first += K)
+        for (int64_t k0 = 0; k0 < K; k0 += kSorted) {
+          const int64_t k1 = min(K, k0 + kSorted);
+          for (int64_t k = k0; k < k1; ++k) {
+            int64_t i = k;
+            for (; i > k0 && cursors[first + rows[first + i - 1]] < cursors[first + k]; --i)
+              rows[first + i] = rows[first + i - 1];
+            rows[first + i] = int32_t(k);
+          }
+          for (int64_t i = first + k0; i < first + k1; ++i) place(first + rows[i], &starts[i], &at);
+        }
     }
+    starts[view.lists] = at;
   }
 
-  int64_t entries_of(int64_t u) const {
-    int64_t sum = 0;
-    if (view.pattern == Pattern::blocks)
-      for (int64_t xi = 0; xi < view.positions; ++xi) {
-        const int32_t* start = starts + xi * view.units + u;
-        sum += start[1] - start[0];
-      }
-    else
-      for (int64_t list = 0; list < view.positions * view.sum_blocks; ++list) {
-        const int32_t* start = starts + list * K;
-        sum += start[min(K, (u + 1) * kLanes)] - start[u * kLanes];
-      }
-    return sum;
+  // The list that was counted as `list` begins at `at`.
+  void place(int64_t list, int32_t* start, int32_t* at) {
+    *start = *at;
+    *at += cursors[list];
+    cursors[list] = *start;
   }
 };
 
@@ -570,9 +815,6 @@ int64_t packed_words(const FilterParams& params, Pattern pattern, const Executor
   return with_dtype(params.dtype, [&](auto element) -> int64_t {
     using T = decltype(element);
     Packing<T> packing(params, pattern, nullptr);
-    packing.starts = static_cast<int32_t*>(
-        scratch((packing.view.lists + 1) * sizeof(int32_t), ScratchSlot::shared));
-    if (!packing.starts) return -1;
     const int64_t entries = packing.count(executor);
     return entries < 0 ? -1 : packing.view.size(entries);
   });
@@ -585,14 +827,14 @@ Status pack(const FilterParams& params, Pattern pattern, int32_t* packed,
     Packing<T> packing(params, pattern, packed);
     const int64_t entries = packing.count(executor);
     if (entries < 0) return Status::unsupported;
-    __builtin_memset(packing.view.order(), 0,
-                     (packing.view.head() - 16 - packing.view.lists - 1) * sizeof(int32_t));
-    if (pattern == Pattern::blocks)
-      __builtin_memset(packing.view.channels(), 0,
-                       round_up<int64_t>(entries, 16) * sizeof(int32_t));
+    __builtin_memset(packed, 0, packing.view.head() * sizeof(int32_t));
+    packing.arrange();
+    // The ends of what is read in fours, and of what makes a whole number of words.
+    const int64_t n = round_up<int64_t>(entries, 16);
+    __builtin_memset(packing.view.channels(), 0, n * sizeof(int32_t));
+    if (pattern == Pattern::unstructured) __builtin_memset(packing.view.places(entries), 0, n);
     packing.writes = true;
     packing.pass(executor);
-    packing.order();
     *reinterpret_cast<SparseHeader*>(packed) = {
         kSparseMagic, int32_t(pattern), kLanes, params.tile, packing.K, packing.C, entries, {}};
     return Status::ok;
@@ -612,6 +854,7 @@ bool fits(const int32_t* packed, int64_t words, int64_t out_channels, int64_t in
 }  // namespace
 
 extern const SparseKernels PYWINO_ISA_NAME(sparse_kernels_);
-const SparseKernels PYWINO_ISA_NAME(sparse_kernels_) = {run_forward, packed_words, pack, fits};
+const SparseKernels PYWINO_ISA_NAME(sparse_kernels_) = {run_forward, run_input_gradient,
+                                                        packed_words, pack, fits};
 
 }  // namespace pywino::winograd

@@ -94,7 +94,8 @@ Status weight_gradient(const WeightGradientParams& params, const Executor& execu
   return backward_kernels().weight_gradient(params, executor);
 }
 Status domain_input_gradient(const DomainInputGradientParams& params, const Executor& executor) {
-  return backward_kernels().domain_input_gradient(params, executor);
+  return params.sparse_filter ? sparse_kernels().domain_input_gradient(params, executor)
+                              : backward_kernels().domain_input_gradient(params, executor);
 }
 
 }  // namespace pywino::winograd

@@ -3,13 +3,17 @@
 //
 //   header   16 words
 //   starts   lists + 1: list i is the entries starts[i] .. starts[i + 1] - 1
-//   order    units: those with the most entries first, so that threads which take them in turn end together
+//   rows     lists: the output channel of each (Pattern::unstructured)
 //   entries  from a multiple of 16 words on
 //
 // A unit is a vector of output channels. Position xi of the domain comes first in both orders of the lists:
 //
-//   Pattern::unstructured   list (xi, block of kSumBlock input channels, output channel): {value, channel in its block}
+//   Pattern::unstructured   list (xi, block of kSumBlock input channels, output channel): values, and apart from them a byte for
+//                           the channel of each in its block
 //   Pattern::blocks         list (xi, unit): input channels, and apart from them a vector of values for each
+//
+// The lists of one block of input channels are sorted by length, kSorted output channels at a time: a loop that runs as often
+// as it did for the list before is predicted, and a list has no more than a few dozen entries.
 //
 // Any weight has both forms. In the second a vector is left out where all of its weights are zero, so it pays for weights
 // that were pruned in blocks of 16 output channels (whole vectors in every instruction set).
@@ -31,11 +35,8 @@ struct SparseHeader {
 };
 static_assert(sizeof(SparseHeader) == 64);
 constexpr int32_t kSparseMagic = 0x50535731;
-
-struct Entry {
-  float value;
-  uint32_t channel;
-};
+constexpr int64_t kSorted = 64;
+static_assert(kSumBlock <= 256);  // a byte tells a channel of a block
 
 // Where the parts lie, for reading (Word is const) and for writing.
 template <typename Word>
@@ -56,14 +57,19 @@ struct SparseView {
         pattern(p) {}
 
   auto starts() const { return words + 16; }
-  auto order() const { return words + 16 + lists + 1; }
-  int64_t head() const { return round_up<int64_t>(16 + lists + 1 + units, 16); }
+  auto rows() const { return words + 16 + lists + 1; }
+  int64_t head() const {
+    return round_up<int64_t>(16 + lists + 1 + (pattern == Pattern::blocks ? 0 : lists), 16);
+  }
   int64_t size(int64_t entries) const {
-    return head() + (pattern == Pattern::blocks ? round_up<int64_t>(entries, 16) + entries * kLanes
-                                                : 2 * entries);
+    const int64_t n = round_up<int64_t>(entries, 16);
+    return head() + n + (pattern == Pattern::blocks ? entries * kLanes : n / 4);
   }
   // Pattern::unstructured
-  auto entries() const { return reinterpret_cast<Like<Entry>*>(words + head()); }
+  auto numbers() const { return reinterpret_cast<Like<float>*>(words + head()); }
+  auto places(int64_t entries) const {
+    return reinterpret_cast<Like<uint8_t>*>(words + head() + round_up<int64_t>(entries, 16));
+  }
   // Pattern::blocks
   auto channels() const { return words + head(); }
   auto values(int64_t entries) const {

@@ -175,10 +175,11 @@ PYWINO_INLINE int outputs_inside(int64_t first, int64_t end, int64_t d, int m) {
   return int(max<int64_t>(0, min<int64_t>(m, ceil_div(end - first, d))));
 }
 
+// outputs(tile, n, rows, store_row): the outputs of a tile, counted from the first one of the stage, and vector n of channels.
 // sums: K floats, to which each channel's outputs are added, or nullptr.
-template <int M, typename T>
+template <int M, typename T, typename Outputs>
 void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel, int vectors,
-                          const float* m, float* sums) {
+                          const Outputs& outputs, float* sums) {
   const Geometry& g = job.geometry;
   const int64_t K = g.out_channels, row = g.dil_h * job.out_w * K, column = g.dil_w * K;
   const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
@@ -195,34 +196,30 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
           job.params.bias ? load_part(job.params.bias + channel + n * kLanes, 0, lanes) : zero();
       T* tile = out + at + n * kLanes;
       const T* skip = residual ? residual + at + n * kLanes : nullptr;
-      const float* product = m + (s * vectors + n) * kLanes;
       vec sum = zero();
       if (columns == M && lanes == kLanes) {
-        transform_product<M>(
-            product, job.stride_m, rows, [&](int i, vec* y) __attribute__((always_inline)) {
-              PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += bias;
-              if (skip)
-                PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += load(skip + i * row + j * column);
-              if (relu_out) PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] = relu(y[j]);
-              if (sums) PYWINO_UNROLL for (int j = 0; j < M; ++j) sum += y[j];
-              if (sizeof(T) == 4 && job.stream)
-                PYWINO_UNROLL for (int j = 0; j < M; ++j)
-                    stream(reinterpret_cast<float*>(tile + i * row + j * column), y[j]);
-              else
-                PYWINO_UNROLL for (int j = 0; j < M; ++j) store(tile + i * row + j * column, y[j]);
-            });
+        outputs(piece.local + s, n, rows, [&](int i, vec* y) __attribute__((always_inline)) {
+          PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += bias;
+          if (skip)
+            PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += load(skip + i * row + j * column);
+          if (relu_out) PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] = relu(y[j]);
+          if (sums) PYWINO_UNROLL for (int j = 0; j < M; ++j) sum += y[j];
+          if (sizeof(T) == 4 && job.stream)
+            PYWINO_UNROLL for (int j = 0; j < M; ++j)
+                stream(reinterpret_cast<float*>(tile + i * row + j * column), y[j]);
+          else
+            PYWINO_UNROLL for (int j = 0; j < M; ++j) store(tile + i * row + j * column, y[j]);
+        });
       } else {
-        transform_product<M>(product, job.stride_m, rows,
-                             [&](int i, vec* y) __attribute__((always_inline)) {
-                               for (int j = 0; j < columns; ++j) {
-                                 vec value = y[j] + bias;
-                                 if (skip)
-                                   value += load_part(skip + i * row + j * column, 0, lanes);
-                                 if (relu_out) value = relu(value);
-                                 sum += value;
-                                 store_part(tile + i * row + j * column, value, 0, lanes);
-                               }
-                             });
+        outputs(piece.local + s, n, rows, [&](int i, vec* y) __attribute__((always_inline)) {
+          for (int j = 0; j < columns; ++j) {
+            vec value = y[j] + bias;
+            if (skip) value += load_part(skip + i * row + j * column, 0, lanes);
+            if (relu_out) value = relu(value);
+            sum += value;
+            store_part(tile + i * row + j * column, value, 0, lanes);
+          }
+        });
       }
       if (sums) {
         float* of_channel = sums + channel + n * kLanes;
@@ -232,9 +229,9 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
   }
 }
 
-template <int M, typename T>
+template <int M, typename T, typename Outputs>
 void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int vectors,
-                   const float* m) {
+                   const Outputs& outputs) {
   const Geometry& g = job.geometry;
   const int64_t plane = job.out_h * job.out_w;
   const int rows = outputs_inside(piece.y, job.out_h, g.dil_h, M);
@@ -246,12 +243,10 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
     const int lanes = int(min<int64_t>(kLanes, g.out_channels - k));
     const vec bias = job.params.bias ? load_part(job.params.bias + k, 0, lanes) : zero();
     for (int s = 0; s < piece.count; ++s)
-      transform_product<M>(m + (s * vectors + n) * kLanes, job.stride_m, rows,
-                           [&](int i, vec* y) __attribute__((always_inline)) {
-                             PYWINO_UNROLL for (int j = 0; j < M; ++j)
-                                 store(strip + (i * kStrip + map.at(s) + j * map.step) * kLanes,
-                                       y[j] + bias);
-                           });
+      outputs(piece.local + s, n, rows, [&](int i, vec* y) __attribute__((always_inline)) {
+        PYWINO_UNROLL for (int j = 0; j < M; ++j)
+            store(strip + (i * kStrip + map.at(s) + j * map.step) * kLanes, y[j] + bias);
+      });
     const int64_t at =
         ((piece.image * g.out_channels + k) * job.out_h + piece.y) * job.out_w + piece.x;
     T* out = static_cast<T*>(job.params.output) + at;
@@ -287,19 +282,31 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
   }
 }
 
-// Tiles [t0, t1) of the chunk that starts at tile `first`; m is the product of tile t0.
+// Tiles [t0, t1) of the chunk that starts at tile `first`.
+template <int M, typename T, typename Outputs>
+void store_outputs(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
+                   const Outputs& outputs, float* sums = nullptr) {
+  for (int t = t0; t < t1;) {
+    Piece piece = job.piece(first + t, t1 - t);
+    piece.local = t - t0;
+    if (job.geometry.channels_last)
+      output_channels_last<M>(job, piece, channel, vectors, outputs, sums);
+    else
+      output_planes<M>(job, piece, channel, vectors, outputs);
+    t += piece.count;
+  }
+}
+
+// The same from their products; m is that of tile t0.
 template <int M, typename T>
 void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
                   const float* m, float* sums = nullptr) {
-  for (int t = t0; t < t1;) {
-    const Piece piece = job.piece(first + t, t1 - t);
-    const float* product = m + int64_t(t - t0) * vectors * kLanes;
-    if (job.geometry.channels_last)
-      output_channels_last<M>(job, piece, channel, vectors, product, sums);
-    else
-      output_planes<M>(job, piece, channel, vectors, product);
-    t += piece.count;
-  }
+  store_outputs<M>(
+      job, first, t0, t1, channel, vectors,
+      [&](int tile, int n, int rows, const auto& store_row) __attribute__((always_inline)) {
+        transform_product<M>(m + (tile * vectors + n) * kLanes, job.stride_m, rows, store_row);
+      },
+      sums);
 }
 
 }  // namespace

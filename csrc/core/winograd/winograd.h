@@ -96,6 +96,8 @@ struct DomainInputGradientParams {
   bool winograd_relu;
   const float* filter;    // packed with `rotate`
   float* input_gradient;  // like input, but fp32
+  const int32_t* sparse_filter =
+      nullptr;  // unstructured, packed with `rotate`: instead of `filter`
 };
 
 // One set of these for each instruction set (common/isa.h), defined in cpu_forward.cpp and cpu_backward.cpp.
@@ -106,6 +108,7 @@ struct ForwardKernels {
 };
 struct SparseKernels {
   Status (*forward)(const ForwardParams&, const Executor&);
+  Status (*domain_input_gradient)(const DomainInputGradientParams&, const Executor&);
   int64_t (*size)(const FilterParams&, Pattern, const Executor&);
   Status (*pack)(const FilterParams&, Pattern, int32_t* packed, const Executor&);
   bool (*fits)(const int32_t* packed, int64_t words, int64_t out_channels, int64_t in_channels,
