@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from pywino import models
 from pywino.data.blur import LENGTH, SIZE, blur, trajectory_kernels
 from pywino.losses import DetectionLoss, FeatureLoss, RelativisticCritic
-from pywino.train.restoration import Learner, RestorationRecipe, option
+from pywino.train.fields import option
+from pywino.train.restoration import Learner, RestorationRecipe
 
 PHASES = ("content", "whole")
 CONTENT, PERCEPTUAL, ADVERSARIAL, DETECTION = 0.5, 0.006, 0.01, 0.1

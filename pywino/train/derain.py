@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pywino import losses, models
 from pywino.data.rain import RAIN
-from pywino.train.restoration import Learner, RestorationRecipe, option
+from pywino.train.fields import option
+from pywino.train.restoration import Learner, RestorationRecipe
 
 
 class _Term(nn.Module):

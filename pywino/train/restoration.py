@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from pywino.data.photos import photos
 from pywino.losses import psnr, ssim
 from pywino.models.weights import load_weights
 from pywino.train.checkpoint import write_whole
-from pywino.train.recipe import read_toml
+from pywino.train.fields import Fields, option
 from pywino.train.run import Listener, Run, connected, own_plan, total
 
 Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
@@ -71,13 +71,8 @@ class Learner:
         return restored.float().clamp(0, 1)
 
 
-def option(default, text: str):
-    """A field with the help text of its option on the command line."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class RestorationRecipe:
+class RestorationRecipe(Fields):
     """What recipes of restoration have in common. A subclass adds its own fields, and defines
     `build()` and, for pairs that are made from clean photos, `degrade()`."""
 
@@ -100,29 +95,14 @@ class RestorationRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        for f in fields(self):  # TOML and JSON have lists
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        super().__post_init__()
         if not self.data:
             self.refuse("data", "a folder or an archive of photos")
         if not 0 < self.held_out < 1:
             self.refuse("held_out", "between 0 and 1")
-        for name in ("epochs", "steps", "batch_size", "crop", "validate"):
-            if getattr(self, name) < 1:
-                self.refuse(name, "1 or more")
+        self.at_least_one("epochs", "steps", "batch_size", "crop", "validate")
         if self.schedule not in SCHEDULES:
             self.refuse("schedule", f"one of {', '.join(SCHEDULES)}")
-
-    def refuse(self, name: str, must: str):
-        raise ValueError(f"pywino.train: {name} must be {must}, got {getattr(self, name)!r}")
-
-    @classmethod
-    def from_toml(cls, path: str | os.PathLike):
-        """A recipe from a file of `name = value` lines."""
-        return cls(**read_toml(path, cls))
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     def read_data(self) -> tuple[Pairs, Pairs]:
         """(pairs to train on, held-out pairs)."""
