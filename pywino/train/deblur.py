@@ -131,8 +131,10 @@ class DeblurRecipe(RestorationRecipe):
     dilation: int = option(2, "Of the top-down convolutions; 1 is DeblurGAN-v2.")
     all_stride2: bool = option(False, "Stride 2 in all of the discriminators' convolutions.")
     vgg: str | None = option(None, "VGG-16's file, for L_P.")
-    detector: str | None = option(None, "Weights of the small detector, for L_D.")
-    classes: int = option(4, "Of that detector.")
+    detector: str | None = option(
+        None, "Weights for L_D: of the small detector, or YOLOv3's on COCO (.weights)."
+    )
+    classes: int = option(4, "Of the small detector.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,7 +177,10 @@ class DeblurRecipe(RestorationRecipe):
             if self.vgg:
                 terms["perceptual"] = (PERCEPTUAL, FeatureLoss(self.vgg))
             if self.detector:
-                detector = models.small_yolo(self.classes, self.detector)
+                if self.detector.endswith(".weights"):
+                    detector = models.yolov3(self.detector)
+                else:
+                    detector = models.small_yolo(self.classes, self.detector)
                 terms["detection"] = (DETECTION, DetectionLoss(detector))
             critics = {
                 name: RelativisticCritic(

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pywino import models
 from pywino.cli.train import train
 from pywino.data import Pairs, Photos
 from pywino.losses import RelativisticCritic
@@ -226,6 +227,23 @@ def test_whole_loss(files, tmp_path):
     a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab")
     for name in ("model", "global", "local"):
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+
+
+def test_darknets_files_are_yolov3s(files, monkeypatch):
+    given = []
+
+    def yolov3(weights):
+        given.append(weights)
+        return small_yolo(2)
+
+    monkeypatch.setattr(models, "yolov3", yolov3)
+    learner = recipe(
+        phase="whole", init=str(files / "start.safetensors"), detector="yolov3.weights"
+    ).build()
+    assert given == ["yolov3.weights"]
+    weight, loss = learner.terms["detection"]
+    assert weight == 0.1
+    assert loss.detector.num_classes == 2
 
 
 def test_a_critic_that_is_no_number(files, tmp_path, monkeypatch):
