@@ -34,20 +34,20 @@ _FAINT = 4e-4  # L_C of a crop that is hardly blurred, 40 dB
 class DeblurLearner(Learner):
     """The generator, and in the second phase its two discriminators.
 
-    terms: name -> (weight, loss(restored, sharp)) beside L_C. critics: the discriminators; `lr` is
-    theirs too. frozen_steps: the encoder stays as it is in so many steps. balance, clip: as the
-    recipe has them."""
+    terms: name -> (weight, loss(restored, sharp)) beside L_C. critics: the discriminators, which
+    learn by Adam at `lr`. balance, clip: as the recipe has them."""
 
     def __init__(
         self,
         net: models.DeblurYOLO,
-        lr: float,
+        optimizer: torch.optim.Optimizer,
         terms: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]],
         critics: dict[str, RelativisticCritic],
+        lr: float,
         balance: bool = False,
         clip: float = 1.0,
     ):
-        super().__init__(net, self._loss, torch.optim.Adam(net.parameters(), lr))
+        super().__init__(net, self._loss, optimizer)
         self.terms, self.balance, self.clip = terms, balance, clip
         self.critics = tuple(critics)
         for name, critic in critics.items():
@@ -113,11 +113,11 @@ class DeblurLearner(Learner):
 class DeblurRecipe(RestorationRecipe):
     """Deblur-YOLO's generator on photos that are blurred by random camera shake, or on pairs."""
 
-    batch_size: int = option(8, "Of all ranks together.")
+    batch_size: int = option(8, "Of all ranks together, at the start.")
     crop: int = option(128, "Pixels a side.")
-    lr: float = option(1e-4, "Of Adam, at the start.")
+    lr: float = option(1e-4, "At the start.")
     schedule: str = option(
-        "cosine", "lr: constant; times 0.2 after 30, 50, 80 % (steps); to 0 (cosine)."
+        "cosine", "lr of Adam: constant; times 0.2 after 30, 50, 80 % (steps); to 0 (cosine)."
     )
     phase: str = option("content", "content: L_C alone. whole: all of L_G.")
     shortest: float = option(LENGTH[0], "Pixels of the camera's path, at least.")
@@ -188,4 +188,6 @@ class DeblurRecipe(RestorationRecipe):
                 )
                 for name, layers in (("global", 5), ("local", 3))
             }
-        return DeblurLearner(net, self.lr, terms, critics, self.balance, self.clip)
+        return DeblurLearner(
+            net, self.optimize(net), terms, critics, self.lr, self.balance, self.clip
+        )

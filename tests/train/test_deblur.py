@@ -140,6 +140,21 @@ def test_it_learns():
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_the_dynamic_batchs_optimizer(tmp_path):
+    """It learns too; and the steps that gather, which it does not make, count."""
+    seen = []
+
+    class Samples(Listener):
+        def step(self, samples, values):
+            seen.append(samples)
+
+    one = recipe(optimizer="sgdm", lr=0.01, epochs=1, steps=_GATHER + 4)
+    (row,) = train_restoration(one, tmp_path, data=data(one), listener=Samples())
+    assert seen == [2] * (_GATHER + 4)
+    assert row["batch_size"] == 2
+    assert load_file(tmp_path / "last.safetensors")["final.weight"].abs().max() > 0
+
+
 def test_it_goes_on_exactly(tmp_path):
     """A run in two parts is the run in one; and its file is one that deblur_yolo reads."""
     one = recipe(epochs=2, steps=10)
