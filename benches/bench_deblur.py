@@ -247,7 +247,7 @@ def test_detection(report):
 
     report(
         rows,
-        note="Here: 200 scenes of held-out cut-outs on held-out photos, the small detector, "
+        note="Here: 200 scenes of cut-outs and photos that the small detector has not seen, "
         "`pywino-blur`; from benches/runs/pywino-blur/detection.json. The talk: COCO 2014, YOLOv3, "
         "Deblur-YOLO.",
     )
