@@ -13,7 +13,6 @@ own makes its parts depend on one another. So the running statistics are gathere
 steps, which train nothing, and stay: what is trained is what runs in eval mode.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +40,7 @@ class DeblurLearner(Learner):
         self,
         net: models.DeblurYOLO,
         optimizer: torch.optim.Optimizer,
-        terms: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]],
+        terms: dict[str, tuple[float, nn.Module]],
         critics: dict[str, RelativisticCritic],
         lr: float,
         balance: bool = False,
@@ -53,6 +52,11 @@ class DeblurLearner(Learner):
         for name, critic in critics.items():
             self.networks[name] = self.models[name] = critic
             self.optimizers[f"{name}_optimizer"] = torch.optim.Adam(critic.parameters(), lr)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for _, loss in self.terms.values():
+            loss.to(device)
 
     def step(self, blurred: Tensor, sharp: Tensor) -> dict[str, Tensor]:
         net = self.networks["model"]

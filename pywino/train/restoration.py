@@ -40,8 +40,7 @@ class Learner:
     """A network, its loss and its optimizer. A method that trains several networks (a
     discriminator) overrides `__init__` and `step`.
 
-    loss: (restored, clean, degraded) -> its terms, weighted: their sum is minimised. One that is a
-    module goes to the device too.
+    loss: (restored, clean, degraded) -> its terms, weighted: their sum is minimised.
 
     The run reads `networks` and `optimizers`, by name; the first network restores. It puts
     DistributedDataParallel's wrappers into `models` where there are several ranks, and sets
@@ -53,6 +52,13 @@ class Learner:
         self.models = dict(self.networks)
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
         self.loss = loss
+
+    def to(self, device: torch.device) -> None:
+        """Moves the networks, and the loss where it is a module. A method whose loss has modules of
+        its own moves these too."""
+        for module in (*self.networks.values(), self.loss):
+            if isinstance(module, nn.Module):
+                module.to(device)
 
     def step(self, degraded: Tensor, clean: Tensor) -> dict[str, Tensor]:
         """Trains on a batch (in 0..1). Returns the terms of the loss."""
@@ -204,10 +210,7 @@ class _Run(Run):
         torch.manual_seed(recipe.seed)
         self.learner = recipe.build()
         self.networks = self.learner.networks
-        for net in self.networks.values():
-            net.to(device)
-        if isinstance(self.learner.loss, nn.Module):
-            self.learner.loss.to(device)
+        self.learner.to(device)
         torch.manual_seed(recipe.seed + rank)  # dropout differs between ranks
         if ranks > 1:
             self.learner.models = {
@@ -218,7 +221,7 @@ class _Run(Run):
         self.learner.autocast = lambda: autocast
         self.metadata = recipe.metadata()
         self.main = next(iter(self.learner.optimizers.values()))
-        self.sampler = self.control = None
+        self.sampler = self.control = None  # of a dynamic batch
         if isinstance(self.main, DynamicBatchSGDM):
             self.sampler = DynamicBatchSampler(self.samples, self.main, shuffle=False)
             self.control = DynamicBatchController(

@@ -244,6 +244,21 @@ def test_whole_loss(files, tmp_path):
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
 
 
+def test_all_goes_to_the_device(files):
+    """The networks, and what judges: a run on a GPU needs both there."""
+    one = recipe(
+        phase="whole", init=str(files / "start.safetensors"), vgg=str(files / "vgg.pth"),
+        detector=str(files / "detector.safetensors"),
+    )  # fmt: skip
+    learner = one.build()
+    learner.to(torch.device("meta"))
+    modules = [*learner.networks.values(), *(loss for _, loss in learner.terms.values())]
+    assert len(modules) == 5
+    for module in modules:
+        tensors = [*module.parameters(), *module.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}, type(module)
+
+
 def test_half_precision(files):
     """Forward passes in bfloat16 give terms near those of float32, and all learn."""
     one = recipe(
