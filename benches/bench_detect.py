@@ -39,7 +39,13 @@ def _contenders(model: torch.nn.Module, x: torch.Tensor):
 @pytest.mark.benchmark(group="detect")
 @pytest.mark.environment(GLIBC_TUNABLES=None)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("fused", [False, True], ids=["swapped", "swapped and fused"])
+@pytest.mark.parametrize(
+    "fused",
+    [
+        pytest.param(False, marks=pytest.mark.full_only, id="swapped"),
+        pytest.param(True, id="swapped and fused"),
+    ],
+)
 @torch.no_grad()
 def test_detect(compare, native, name, fused):
     """detectors, fp32, batch 1, `pywino.swap_(model)`, alone and with `pywino.fuse_`, against eager

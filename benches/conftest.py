@@ -10,6 +10,7 @@
 these variables set or removed. `@pytest.mark.full_only` is left out of the default run.
 """
 
+import collections
 import datetime
 import json
 import math
@@ -103,8 +104,9 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--bench-full"):
         return
     out = [item for item in items if item.get_closest_marker("full_only")]
-    for item in out:
-        _left_out[_table(item)] = "all"
+    every = collections.Counter(_table(i) for i in items if i.get_closest_marker("benchmark"))
+    for table, count in collections.Counter(map(_table, out)).items():
+        _left_out[table] = "all" if count == every[table] else f"{count} of {every[table]} rows"
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
 
@@ -467,9 +469,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def _keep(item, benchmark, row: dict) -> None:
     benchmark.extra_info.update(row)
+    _table_of(item)[_row_name(item)] = row
+
+
+def _table_of(item) -> dict[str, dict]:
+    """The rows of a table of this run."""
     title = " ".join((item.function.__doc__ or "").split())
-    table = _rows.setdefault(_table(item), {"title": title, "rows": {}})
-    table["rows"][_row_name(item)] = row
+    return _rows.setdefault(_table(item), {"title": title, "rows": {}})["rows"]
 
 
 def pytest_sessionfinish(session):
@@ -495,6 +501,19 @@ def pytest_terminal_summary(terminalreporter):
 
 
 # ----------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture
+def report(benchmark, request):
+    """The door to tables of other things than times: report(rows, note=""), where rows() gives
+    {name of a row: {column: text}}."""
+
+    def run(rows, note=""):
+        common = {"note": note, "environment": _environment()}
+        for name, cells in benchmark.pedantic(rows).items():
+            _table_of(request.node)[name] = {"cells": cells, **common}
+
+    return run
 
 
 @pytest.fixture

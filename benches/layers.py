@@ -109,6 +109,21 @@ ADVERSARIAL = (
     Layer("odd-1x1x1-k1", 1, 1, 1, 1, 1),
 )
 
+# The 3x3 convolutions of Deblur-YOLO's generator on 720 x 1280 (736 x 1280 inside): the pyramid's
+# dilated ones, the heads of the finest and the coarsest level, and what follows them.
+DEBLUR = (
+    Layer("deblur-td1", 1, 128, 46, 80, 128, 2),
+    Layer("deblur-td2", 1, 128, 92, 160, 128, 2),
+    Layer("deblur-td3", 1, 128, 184, 320, 128, 2),
+    Layer("deblur-head1.0", 1, 128, 184, 320, 64),
+    Layer("deblur-head1.1", 1, 64, 184, 320, 64),
+    Layer("deblur-head4.0", 1, 128, 23, 40, 64),
+    Layer("deblur-head4.1", 1, 64, 23, 40, 64),
+    Layer("deblur-smooth", 1, 256, 184, 320, 64),
+    Layer("deblur-smooth2", 1, 64, 368, 640, 32),
+    Layer("deblur-final", 1, 32, 736, 1280, 3),
+)
+
 # The GPU's (benches/gpu). First those that its aims are set on: all sizes of VGG-16 and of the
 # ImageNet ResNets at batch 32; conv5_x is (512, 14).
 VGG_B32 = (

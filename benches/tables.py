@@ -69,6 +69,8 @@ def _summary_line(rows: dict[str, dict]) -> str:
 def markdown(content: dict) -> str:
     """The table of one result file: a row a layer, losses kept, a line with the means below."""
     rows = content["rows"]
+    if not _timed(content):
+        return _of_cells(content)
     peers = list(dict.fromkeys(name for row in rows.values() for name in row["peers_ms"]))
     extra = list(dict.fromkeys(name for row in rows.values() for name in row.get("extra", ())))
     head = [
@@ -118,6 +120,24 @@ def markdown(content: dict) -> str:
             "`?`: more than the algorithm's saving in multiplications: the measurement is broken."
         )
     return "\n".join(lines)
+
+
+def _timed(content: dict) -> bool:
+    return all("ratio" in row for row in content["rows"].values())
+
+
+def _of_cells(content: dict) -> str:
+    """The table of one result file whose rows say their own columns."""
+    rows = content["rows"]
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row["cells"]))
+    lines = [f"**{content['table']}**: {content['title']}", ""]
+    lines += [f"| {' | '.join(['', *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    for name, row in rows.items():
+        cells = (row["cells"].get(column, "") for column in columns)
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    notes = dict.fromkeys(row["note"] for row in rows.values() if row["note"])
+    environment = next(iter(rows.values()))["environment"]
+    return "\n".join([*lines, "", *notes, f"{_machine_line(content['machine'], environment)}."])
 
 
 def _machine_line(machine: dict, environment: dict) -> str:
@@ -245,7 +265,9 @@ def fill(text: str, folder: Path | None) -> str:
         contents = [content for content in contents if "table" in content]
         if name == "break_even":
             contents = contents if break_even(contents) else []
-        elif name != "summary":
+        elif name == "summary":
+            contents = [content for content in contents if _timed(content)]
+        else:
             contents = [content for content in contents if content["table"] == name]
         if not contents:
             body = "Not measured yet: `pytest benches/ --benchmark-only` does it, then "

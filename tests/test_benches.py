@@ -293,6 +293,17 @@ def test_elsewhere(compare, index):
 def test_rows(compare, layer):
     compare(sleep(1), {"p": sleep(1)}, note=os.environ.get("GLIBC_TUNABLES", ""))
 
+@pytest.mark.benchmark(group="cells")
+def test_cells(report):
+    """not of times"""
+    found = {"ours": {"size": "3", "PSNR": "22.5"}, "theirs": {"PSNR": "20.1", "year": "2021"}}
+    report(lambda: found, note="A note on cells.")
+
+@pytest.mark.benchmark(group="partly")
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.full_only)])
+def test_partly(compare, index):
+    compare(sleep(1), {"p": sleep(1)})
+
 @pytest.mark.benchmark(group="long")
 @pytest.mark.full_only
 def test_long(compare):
@@ -373,6 +384,20 @@ def test_compare_hands_ours_to_pytest_benchmark(tiny):
     assert tiny[2]["machine_info"]["pywino"]["threads"] == 1
 
 
+def test_rows_that_say_their_own_columns(tiny):
+    output, results, _ = tiny
+    text = (results / "cells.md").read_text()
+    assert text in output
+    assert text.startswith(
+        "**cells**: not of times\n\n|  | size | PSNR | year |\n|---|---|---|---|\n"
+        "| ours | 3 | 22.5 |  |\n| theirs |  | 20.1 | 2021 |\n\nA note on cells.\n"
+    )
+    page = "<!-- table: summary -->\n<!-- end table -->\n"
+    filled = tables.fill(page, results)
+    assert "| plain |" in filled
+    assert "cells" not in filled
+
+
 def test_calls_are_divided(tiny):
     (calls,) = rows(tiny, "calls").values()
     assert calls["ms"] == pytest.approx(1, rel=1e-3)
@@ -415,6 +440,8 @@ def test_what_was_left_out_is_said(tiny):
     assert list(rows(tiny, "rows")) == ["b"]
     assert "left out of rows: 2 of 3 layers" in output
     assert "left out of long: all" in output
+    assert "left out of partly: 1 of 2 rows" in output
+    assert list(rows(tiny, "partly")) == ["0"]
     assert not (results / "long.json").exists()
 
 

@@ -88,6 +88,35 @@ def test_a_picture_without_statistics_is_named(tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_video(tmp_path):
+    """Frame by frame, as the pictures; codecs lose a little."""
+    cv2 = pytest.importorskip("cv2")
+    model = a_network()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    coarse = np.random.default_rng(1).integers(60, 200, (3, 3, 4, 3), np.uint8)
+    frames = coarse.repeat(16, 1).repeat(16, 2)
+    writer = cv2.VideoWriter(
+        str(tmp_path / "in.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 12, (64, 48)
+    )
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    invoke(tmp_path / "in.avi", tmp_path / "out.avi", "--weights", tmp_path / "weights.pth")
+
+    def read(name):
+        video, found = cv2.VideoCapture(str(tmp_path / name)), []
+        while (frame := video.read())[0]:
+            found.append(torch.from_numpy(frame[1]).flip(2).permute(2, 0, 1).float() / 255)
+        return torch.stack(found)
+
+    before, after = read("in.avi"), read("out.avi")
+    with torch.no_grad():
+        wanted = model(before)
+    assert (wanted - before).abs().mean() > 0.03
+    assert after.shape == wanted.shape
+    assert (after - wanted).abs().mean() < 0.01
+
+
 def test_tiles_agree_with_the_whole_picture():
     """On the grid of the deepest features a tile has the whole picture's, but for what its borders
     reach; the further in, the less that is. At any other offset the encoder sees other pixels."""

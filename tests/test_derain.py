@@ -257,6 +257,17 @@ def test_compare_and_scores(run, tmp_path):
     )
 
 
+def test_equal_pictures_in_json(run, tmp_path):
+    """Infinitely many decibels, which JSON has no word for."""
+    Image.fromarray(picture(20, 30)).save(tmp_path / "a.png")
+    said = run(tmp_path / "a.png", tmp_path / "b.png", "--truth", tmp_path / "a.png",
+        "--json", tmp_path / "report.json")  # fmt: skip
+    assert "PSNR inf dB" in said
+    (row,) = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert row["psnr_rgb"] is None
+    assert row["ssim_rgb"] == 1
+
+
 def test_video(run, tmp_path):
     cv2 = pytest.importorskip("cv2")
     fourcc = cv2.VideoWriter_fourcc(*"MJPG")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The ``pywino`` command. Each sub-command imports what it needs when it runs."""
 
+import importlib
+
 import click
 
 import pywino
@@ -20,67 +22,24 @@ def _doctor() -> None:
     click.echo(report())
 
 
-# The options are demo.py's own, so that `pywino --help` need not import torch and matplotlib.
-@main.command(
-    "demo",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@click.pass_context
-def _demo(context: click.Context) -> None:
-    """Swap the convolutions of whole models on photographs, and show what changed."""
-    from pywino.cli.demo import demo
+def _from(module: str, attribute: str, text: str) -> None:
+    """A sub-command of the module's name. Its options are the module's own, which is not imported
+    before: `pywino --help` need not wait for torch and matplotlib."""
 
-    demo.main(args=context.args, prog_name=context.command_path)
-
-
-@main.command(
-    "train",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@click.pass_context
-def _train(context: click.Context) -> None:
-    """Train a reference model."""
-    from pywino.cli.train import train
-
-    train.main(args=context.args, prog_name=context.command_path)
+    @main.command(
+        module,
+        help=text,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    @click.pass_context
+    def run(context: click.Context) -> None:
+        command = getattr(importlib.import_module(f"pywino.cli.{module}"), attribute)
+        command.main(args=context.args, prog_name=context.command_path)
 
 
-@main.command(
-    "derain",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@click.pass_context
-def _derain(context: click.Context) -> None:
-    """Take the rain out of pictures and videos."""
-    from pywino.cli.derain import command
-
-    command.main(args=context.args, prog_name=context.command_path)
-
-
-@main.command(
-    "deblur",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@click.pass_context
-def _deblur(context: click.Context) -> None:
-    """Take motion blur out of pictures and videos."""
-    from pywino.cli.deblur import command
-
-    command.main(args=context.args, prog_name=context.command_path)
-
-
-@main.command(
-    "detect",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@click.pass_context
-def _detect(context: click.Context) -> None:
-    """Find objects in pictures and videos."""
-    from pywino.cli.detect import command
-
-    command.main(args=context.args, prog_name=context.command_path)
+_from("demo", "demo", "Swap the convolutions of whole models, and show what changed.")
+_from("train", "train", "Train a reference model.")
+_from("derain", "command", "Take the rain out of pictures and videos.")
+_from("deblur", "command", "Take motion blur out of pictures and videos.")
+_from("detect", "command", "Find objects in pictures and videos.")

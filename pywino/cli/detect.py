@@ -24,6 +24,7 @@ from pywino.cli.pictures import (
     read_picture,
     tensor_of,
     whole,
+    write_json,
     write_picture,
 )
 from pywino.cli.restore import VIDEOS
@@ -301,6 +302,7 @@ def _write_video(path: Path, frames: Iterator[Tensor], rate: float, size: tuple[
 )
 @click.option(
     "--json",
+    "--report",
     "report",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write everything that was found.",
@@ -358,20 +360,12 @@ def command(
     if report is not None:
         content = {"classes": names, "size": size, "threshold": threshold, "files": job.rows}
         if scores is not None:
-            content["average_precision"] = _without_nan(scores)
-        with whole(report) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            content["average_precision"] = scores
+        write_json(report, content)
     skipped = sum("skipped" in row for row in job.rows)
     if skipped:
         _say(console, f"{skipped} of {len(paths)} skipped")
         raise SystemExit(1)
-
-
-def _without_nan(value):
-    """JSON has no NaN: null instead."""
-    if isinstance(value, dict):
-        return {name: _without_nan(one) for name, one in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _say(console: Console, text: str) -> None:

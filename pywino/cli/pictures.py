@@ -2,6 +2,8 @@
 """Pictures from files and into files, whole or not at all."""
 
 import contextlib
+import json
+import math
 import os
 import struct
 import tempfile
@@ -113,6 +115,21 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content) -> None:
+    """A report, whole or not at all. JSON has no infinity and no NaN: null instead."""
+    with whole(path) as temporary:
+        text = json.dumps(_finite(content), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_deep_colour_png(path: Path) -> bool:

@@ -6,7 +6,6 @@ A picture larger than a tile is restored in overlapping tiles that fade into one
 bounds the memory.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from pywino.cli.pictures import (
     read_picture,
     tensor_of,
     whole,
+    write_json,
     write_picture,
 )
 from pywino.metrics import laplacian_psnr
@@ -246,8 +246,8 @@ def options(tile: int, overlap: int) -> Callable:
         ),
         click.option("--overwrite", is_flag=True, help="Write outputs that exist again."),
         click.option(
-            "--report", type=click.Path(dir_okay=False, path_type=Path),
-            help="Write what was done as JSON.",
+            "--json", "--report", "report", type=click.Path(dir_okay=False, path_type=Path),
+            help="Write what was done.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="Default: torch's."),
     ]  # fmt: skip
@@ -298,8 +298,7 @@ def run(
             )
             progress.advance(every)
     if report is not None:
-        with whole(report) as temporary:
-            temporary.write_text(json.dumps(job.rows, indent=1) + "\n", encoding="utf-8")
+        write_json(report, job.rows)
     skipped = sum("skipped" in row for row in job.rows)
     if skipped:
         console.print(f"{skipped} of {len(pairs)} skipped", highlight=False)

@@ -171,7 +171,7 @@ def _running(values: dict, line: Callable[[dict], str]) -> Iterator[tuple]:
     except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error
     except RuntimeError as error:
-        if str(error).startswith("pywino."):
+        if str(error).startswith(("pywino.", "load_weights: ", "load_darknet: ")):
             raise click.ClickException(str(error)) from error
         raise
     finally:

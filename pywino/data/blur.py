@@ -67,18 +67,24 @@ def trajectory_kernels(
     noise = torch.view_as_complex(normal) * (tremor / math.sqrt(_STEPS))
     turns = -2 * torch.exp(1j * (uniform(_STEPS, count) - 0.5))
     turns *= uniform(_STEPS, count) < jerks / _STEPS
-    u = torch.exp(2j * math.pi * uniform(count))
-    x = torch.zeros_like(u)
-    path = []
-    for z, turn in zip(noise, turns):
-        u = u + z - pull / _STEPS * x + turn * u
-        u = u / u.abs()
-        x = x + u / _STEPS
-        path.append(x)
+    starts = torch.exp(2j * math.pi * uniform(count))
+    walks = (starts, noise.T, turns.T, pull / _STEPS)
+    points = [_walk(*one) for one in zip(*(part.tolist() for part in walks))]
+    path = torch.tensor(points, dtype=torch.complex128).view(count, _STEPS)
     longest, shortest = length[1], length[0]
-    return _kernels(
-        torch.stack(path, 1) * (shortest + (longest - shortest) * uniform(count, 1)), size
-    )
+    return _kernels(path * (shortest + (longest - shortest) * uniform(count, 1)), size)
+
+
+def _walk(u: complex, noise: list[complex], turns: list[complex], pull: float) -> list[complex]:
+    """The point x after each step. In numbers: for a few paths at a time, as training takes them,
+    tensors would spend forty times as long on calls."""
+    x, path = 0j, []
+    for z, turn in zip(noise, turns):
+        u += z - pull * x + turn * u
+        u /= abs(u)
+        x += u / _STEPS
+        path.append(x)
+    return path
 
 
 def linear_kernels(length: Tensor, angle: Tensor, *, size: int = SIZE) -> Tensor:

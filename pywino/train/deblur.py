@@ -13,7 +13,6 @@ own makes its parts depend on one another. So the running statistics are gathere
 steps, which train nothing, and stay: what is trained is what runs in eval mode.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from pywino import models
 from pywino.data.blur import LENGTH, SIZE, blur, trajectory_kernels
 from pywino.losses import DetectionLoss, FeatureLoss, RelativisticCritic
-from pywino.train.restoration import Learner, RestorationRecipe, option
+from pywino.train.fields import option
+from pywino.train.restoration import Learner, RestorationRecipe
 
 PHASES = ("content", "whole")
 CONTENT, PERCEPTUAL, ADVERSARIAL, DETECTION = 0.5, 0.006, 0.01, 0.1
@@ -33,25 +33,30 @@ _FAINT = 4e-4  # L_C of a crop that is hardly blurred, 40 dB
 class DeblurLearner(Learner):
     """The generator, and in the second phase its two discriminators.
 
-    terms: name -> (weight, loss(restored, sharp)) beside L_C. critics: the discriminators; `lr` is
-    theirs too. frozen_steps: the encoder stays as it is in so many steps. balance, clip: as the
-    recipe has them."""
+    terms: name -> (weight, loss(restored, sharp)) beside L_C. critics: the discriminators, which
+    learn by Adam at `lr`. balance, clip: as the recipe has them."""
 
     def __init__(
         self,
         net: models.DeblurYOLO,
-        lr: float,
-        terms: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]],
+        optimizer: torch.optim.Optimizer,
+        terms: dict[str, tuple[float, nn.Module]],
         critics: dict[str, RelativisticCritic],
+        lr: float,
         balance: bool = False,
         clip: float = 1.0,
     ):
-        super().__init__(net, self._loss, torch.optim.Adam(net.parameters(), lr))
+        super().__init__(net, self._loss, optimizer)
         self.terms, self.balance, self.clip = terms, balance, clip
         self.critics = tuple(critics)
         for name, critic in critics.items():
             self.networks[name] = self.models[name] = critic
             self.optimizers[f"{name}_optimizer"] = torch.optim.Adam(critic.parameters(), lr)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for _, loss in self.terms.values():
+            loss.to(device)
 
     def step(self, blurred: Tensor, sharp: Tensor) -> dict[str, Tensor]:
         net = self.networks["model"]
@@ -112,11 +117,11 @@ class DeblurLearner(Learner):
 class DeblurRecipe(RestorationRecipe):
     """Deblur-YOLO's generator on photos that are blurred by random camera shake, or on pairs."""
 
-    batch_size: int = option(8, "Of all ranks together.")
+    batch_size: int = option(8, "Of all ranks together, at the start.")
     crop: int = option(128, "Pixels a side.")
-    lr: float = option(1e-4, "Of Adam, at the start.")
+    lr: float = option(1e-4, "At the start.")
     schedule: str = option(
-        "cosine", "lr: constant; times 0.2 after 30, 50, 80 % (steps); to 0 (cosine)."
+        "cosine", "lr of Adam: constant; times 0.2 after 30, 50, 80 % (steps); to 0 (cosine)."
     )
     phase: str = option("content", "content: L_C alone. whole: all of L_G.")
     shortest: float = option(LENGTH[0], "Pixels of the camera's path, at least.")
@@ -130,8 +135,10 @@ class DeblurRecipe(RestorationRecipe):
     dilation: int = option(2, "Of the top-down convolutions; 1 is DeblurGAN-v2.")
     all_stride2: bool = option(False, "Stride 2 in all of the discriminators' convolutions.")
     vgg: str | None = option(None, "VGG-16's file, for L_P.")
-    detector: str | None = option(None, "Weights of the small detector, for L_D.")
-    classes: int = option(4, "Of that detector.")
+    detector: str | None = option(
+        None, "Weights for L_D: of the small detector, or YOLOv3's on COCO (.weights)."
+    )
+    classes: int = option(4, "Of the small detector.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,7 +181,10 @@ class DeblurRecipe(RestorationRecipe):
             if self.vgg:
                 terms["perceptual"] = (PERCEPTUAL, FeatureLoss(self.vgg))
             if self.detector:
-                detector = models.small_yolo(self.classes, self.detector)
+                if self.detector.endswith(".weights"):
+                    detector = models.yolov3(self.detector)
+                else:
+                    detector = models.small_yolo(self.classes, self.detector)
                 terms["detection"] = (DETECTION, DetectionLoss(detector))
             critics = {
                 name: RelativisticCritic(
@@ -182,4 +192,6 @@ class DeblurRecipe(RestorationRecipe):
                 )
                 for name, layers in (("global", 5), ("local", 3))
             }
-        return DeblurLearner(net, self.lr, terms, critics, self.balance, self.clip)
+        return DeblurLearner(
+            net, self.optimize(net), terms, critics, self.lr, self.balance, self.clip
+        )

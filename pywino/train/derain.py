@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pywino import losses, models
 from pywino.data.rain import RAIN
-from pywino.train.restoration import Learner, RestorationRecipe, option
+from pywino.train.fields import option
+from pywino.train.restoration import Learner, RestorationRecipe
 
 
 class _Term(nn.Module):
@@ -90,7 +91,7 @@ class DerainRecipe(RestorationRecipe):
         attention = None if self.attention == "none" else self.attention
         net = self.started(models.sapnet(attention, self.dilation, self.stages))
         net = net.to(memory_format=torch.channels_last)
-        return Learner(net, _Sum(self), torch.optim.Adam(net.parameters(), self.lr))
+        return Learner(net, _Sum(self), self.optimize(net))
 
 
 class _Sum(nn.Module):

@@ -5,7 +5,7 @@ that are composed while it goes on."""
 import io
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,8 +27,7 @@ from pywino.optim import (
 )
 from pywino.swap import swap_
 from pywino.train.checkpoint import write_whole
-from pywino.train.recipe import read_toml
-from pywino.train.restoration import option
+from pywino.train.fields import Fields, option
 from pywino.train.run import Listener, Run, connected, own_plan, total
 
 MODELS = {"small": 18, "yolov3": 6}  # and the layers of their trunks
@@ -41,7 +40,7 @@ _SAMPLES = 6  # pictures a sheet
 
 
 @dataclass(frozen=True)
-class DetectRecipe:
+class DetectRecipe(Fields):
     """All that decides what a training run of a detector computes."""
 
     data: str = option("", "Folder with images/ and labels/; with --stamps, photos to paste on.")
@@ -72,38 +71,23 @@ class DetectRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        for f in fields(self):  # TOML and JSON have lists
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        super().__post_init__()
         if not self.data:
-            self._refuse("data", "a folder of pictures with boxes, or photos with stamps")
+            self.refuse("data", "a folder of pictures with boxes, or photos with stamps")
         for name, known in (("model", MODELS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
-                self._refuse(name, f"one of {', '.join(known)}")
+                self.refuse(name, f"one of {', '.join(known)}")
         if not 0 < self.held_out < 1:
-            self._refuse("held_out", "between 0 and 1")
-        for name in ("scenes", "objects", "validate", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                self._refuse(name, "1 or more")
+            self.refuse("held_out", "between 0 and 1")
+        self.at_least_one("scenes", "objects", "validate", "epochs", "batch_size")
         if not 0 <= self.freeze <= MODELS[self.model]:
-            self._refuse("freeze", f"0 to {MODELS[self.model]} for {self.model}")
+            self.refuse("freeze", f"0 to {MODELS[self.model]} for {self.model}")
         if self.workers < 0:
-            self._refuse("workers", "0 or more")
+            self.refuse("workers", "0 or more")
         if self.size < STRIDE or self.size % STRIDE:
-            self._refuse("size", f"a multiple of {STRIDE}")
+            self.refuse("size", f"a multiple of {STRIDE}")
         if self.dynamic_batch and self.optimizer != "sgdm":
-            self._refuse("dynamic_batch", "off for adamw (sgdm has the dynamic batch)")
-
-    def _refuse(self, name, must):
-        raise ValueError(f"pywino.train: {name} must be {must}, got {getattr(self, name)!r}")
-
-    @classmethod
-    def from_toml(cls, path: str | os.PathLike) -> "DetectRecipe":
-        """A recipe from a file of `name = value` lines."""
-        return cls(**read_toml(path, cls))
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+            self.refuse("dynamic_batch", "off for adamw (sgdm has the dynamic batch)")
 
     def read_data(self) -> tuple[Dataset, Dataset]:
         """(samples to train on, held-out ones), `LabelledPictures` or `Scenes`."""

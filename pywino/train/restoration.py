@@ -4,8 +4,8 @@
 A recipe (`DerainRecipe`) says what is trained on what. It builds a `Learner`, which knows what a
 step is; the run does the rest: data, learning rate, log, pictures, checkpoints.
 
-The batch of a step depends on the recipe's seed, the step and the rank alone, so a resumed run
-sees the same ones.
+The batch of a step depends on the recipe's seed, the rank, and the step alone (or, with a dynamic
+batch, the samples before it), so a resumed run sees the same ones.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from pywino.data.pairs import Pairs, paired_photos
 from pywino.data.photos import photos
 from pywino.losses import psnr, ssim
 from pywino.models.weights import load_weights
+from pywino.optim import DynamicBatchController, DynamicBatchSampler, DynamicBatchSGDM
 from pywino.train.checkpoint import write_whole
-from pywino.train.recipe import read_toml
+from pywino.train.fields import Fields, option
 from pywino.train.run import Listener, Run, connected, own_plan, total
 
 Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
@@ -39,8 +40,7 @@ class Learner:
     """A network, its loss and its optimizer. A method that trains several networks (a
     discriminator) overrides `__init__` and `step`.
 
-    loss: (restored, clean, degraded) -> its terms, weighted: their sum is minimised. One that is a
-    module goes to the device too.
+    loss: (restored, clean, degraded) -> its terms, weighted: their sum is minimised.
 
     The run reads `networks` and `optimizers`, by name; the first network restores. It puts
     DistributedDataParallel's wrappers into `models` where there are several ranks, and sets
@@ -52,6 +52,13 @@ class Learner:
         self.models = dict(self.networks)
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
         self.loss = loss
+
+    def to(self, device: torch.device) -> None:
+        """Moves the networks, and the loss where it is a module. A method whose loss has modules of
+        its own moves these too."""
+        for module in (*self.networks.values(), self.loss):
+            if isinstance(module, nn.Module):
+                module.to(device)
 
     def step(self, degraded: Tensor, clean: Tensor) -> dict[str, Tensor]:
         """Trains on a batch (in 0..1). Returns the terms of the loss."""
@@ -71,13 +78,8 @@ class Learner:
         return restored.float().clamp(0, 1)
 
 
-def option(default, text: str):
-    """A field with the help text of its option on the command line."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class RestorationRecipe:
+class RestorationRecipe(Fields):
     """What recipes of restoration have in common. A subclass adds its own fields, and defines
     `build()` and, for pairs that are made from clean photos, `degrade()`."""
 
@@ -85,14 +87,17 @@ class RestorationRecipe:
     only: tuple[str, ...] = option((), "Patterns, one of which a photo's name must match.")
     paired: bool = option(False, "DATA has degraded pictures too (rain and norain, …).")
     held_out: float = option(0.2, "Part of the photos that is never trained on.")
-    epochs: int = option(100, "An epoch is --steps steps.")
-    steps: int = option(100, "Steps an epoch.")
-    batch_size: int = option(4, "Of all ranks together.")
+    epochs: int = option(100, "An epoch is --steps steps of --batch-size crops.")
+    steps: int = option(100, "Steps an epoch; fewer where the batch grows.")
+    batch_size: int = option(4, "Of all ranks together, at the start.")
     crop: int = option(64, "Pixels a side.")
-    lr: float = option(1e-3, "Of Adam, at the start.")
+    lr: float = option(1e-3, "At the start.")
     schedule: str = option(
-        "steps", "lr: constant; times 0.2 after 30, 50, 80 % (steps); to 0 (cosine)."
+        "steps", "lr of Adam: constant; times 0.2 after 30, 50, 80 % (steps); to 0 (cosine)."
     )
+    optimizer: str = option("adam", "adam, or sgdm: the one with the dynamic batch.")
+    momentum: float = option(0.9, "Of sgdm.")
+    dynamic_batch: bool = option(False, "Let lr, momentum and batch of sgdm grow.")
     amp: bool = option(False, "Forward passes in bfloat16.")
     init: str | None = option(None, "Weights to start from.")
     validate: int = option(8, "Held-out photos that are scored after each epoch.")
@@ -100,29 +105,17 @@ class RestorationRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        for f in fields(self):  # TOML and JSON have lists
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        super().__post_init__()
         if not self.data:
             self.refuse("data", "a folder or an archive of photos")
         if not 0 < self.held_out < 1:
             self.refuse("held_out", "between 0 and 1")
-        for name in ("epochs", "steps", "batch_size", "crop", "validate"):
-            if getattr(self, name) < 1:
-                self.refuse(name, "1 or more")
-        if self.schedule not in SCHEDULES:
-            self.refuse("schedule", f"one of {', '.join(SCHEDULES)}")
-
-    def refuse(self, name: str, must: str):
-        raise ValueError(f"pywino.train: {name} must be {must}, got {getattr(self, name)!r}")
-
-    @classmethod
-    def from_toml(cls, path: str | os.PathLike):
-        """A recipe from a file of `name = value` lines."""
-        return cls(**read_toml(path, cls))
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+        self.at_least_one("epochs", "steps", "batch_size", "crop", "validate")
+        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                self.refuse(name, f"one of {', '.join(known)}")
+        if self.dynamic_batch and self.optimizer != "sgdm":
+            self.refuse("dynamic_batch", "off for adam (sgdm has the dynamic batch)")
 
     def read_data(self) -> tuple[Pairs, Pairs]:
         """(pairs to train on, held-out pairs)."""
@@ -142,6 +135,14 @@ class RestorationRecipe:
         """The learner, its network with fresh weights or those of `init`."""
         raise NotImplementedError
 
+    def optimize(self, net: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the network that restores."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(net.parameters(), self.lr)
+        return DynamicBatchSGDM(
+            net.parameters(), lr=self.lr, momentum=self.momentum, batch_size=self.batch_size
+        )
+
     def metadata(self) -> dict[str, str]:
         """What the files of weights say of the network beside its tensors."""
         return {}
@@ -151,6 +152,7 @@ class RestorationRecipe:
         return net if self.init is None else load_weights(net, self.init)
 
 
+OPTIMIZERS = ("adam", "sgdm")
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     # PReNet's and SAPNet's: at epochs 30, 50 and 80 of 100.
@@ -179,7 +181,7 @@ def train_restoration(
 
     A row has epoch, loss and each of its terms, as in l1_loss (means of training), psnr and ssim
     (means over the held-out pictures, RGB), input_psnr and input_ssim (of the degraded ones), lr
-    (at the end), steps and seconds (of training alone)."""
+    (at the end; with sgdm also momentum and batch_size), steps and seconds (of training alone)."""
     out = Path(out)
     with connected(device, timeout_seconds) as (rank, ranks, device), own_plan(out, ranks):
         run = _Run(recipe, out, data, device, rank, ranks, listener or Listener())
@@ -208,10 +210,7 @@ class _Run(Run):
         torch.manual_seed(recipe.seed)
         self.learner = recipe.build()
         self.networks = self.learner.networks
-        for net in self.networks.values():
-            net.to(device)
-        if isinstance(self.learner.loss, nn.Module):
-            self.learner.loss.to(device)
+        self.learner.to(device)
         torch.manual_seed(recipe.seed + rank)  # dropout differs between ranks
         if ranks > 1:
             self.learner.models = {
@@ -221,9 +220,17 @@ class _Run(Run):
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp)
         self.learner.autocast = lambda: autocast
         self.metadata = recipe.metadata()
+        self.main = next(iter(self.learner.optimizers.values()))
+        self.sampler = self.control = None  # of a dynamic batch
+        if isinstance(self.main, DynamicBatchSGDM):
+            self.sampler = DynamicBatchSampler(self.samples, self.main, shuffle=False)
+            self.control = DynamicBatchController(
+                self.main, recipe.epochs, grow=recipe.dynamic_batch
+            )
         self.first_lr = {
             name: [group["lr"] for group in optimizer.param_groups]
             for name, optimizer in self.learner.optimizers.items()
+            if optimizer is not self.main or self.control is None
         }
         self.best = -math.inf
 
@@ -237,62 +244,92 @@ class _Run(Run):
 
     # ---------------------------------------------------------------------------------- training
 
+    @property
+    def samples(self) -> int:
+        """Crops an epoch, of all ranks."""
+        return self.recipe.steps * self.recipe.batch_size
+
+    @property
+    def consumed(self) -> int:
+        """How many of them were trained on."""
+        if self.sampler is None:
+            return self.steps * self.recipe.batch_size
+        return self.sampler.consumed if self.sampler.epoch == len(self.rows) else 0
+
     def batches(self):
-        recipe, learner = self.recipe, self.learner
+        learner, epoch = self.learner, len(self.rows)
         for net in self.networks.values():
             net.train()
-        epoch, samples = len(self.rows), recipe.batch_size
-        self.listener.begin(epoch, recipe.epochs, recipe.steps * samples, self.steps * samples)
-        first, end = epoch * recipe.steps + self.steps, (epoch + 1) * recipe.steps
-        for step, (degraded, clean) in enumerate(self._crops(first, end), first):
-            lr = self._set_lr(step / (recipe.epochs * recipe.steps))
+        self.listener.begin(epoch, self.recipe.epochs, self.samples, self.consumed)
+        for degraded, clean in self._crops():
+            before = self.consumed
+            self._set_lr((epoch + before / self.samples) / self.recipe.epochs)
+            values = {"lr": self.main.param_groups[0]["lr"]}
             terms = learner.step(degraded.to(self.device), clean.to(self.device))
+            if self.sampler is None:
+                samples = self.recipe.batch_size
+            else:
+                if self.consumed == before:  # the learner has made no step of its optimizer
+                    self.main.batch_done()
+                samples = self.consumed - before
+                values["batch"] = samples
             loss = sum(terms.values()).double()
-            self.loss = self.loss.to(loss.device) + loss * samples / self.ranks
+            self.loss = self.loss.to(loss.device) + loss * len(clean)
             for name, term in terms.items():
-                self.terms[name] = self.terms.get(name, 0) + term.double()
-            yield samples, {"lr": lr}
+                self.terms[name] = self.terms.get(name, 0) + term.double() * len(clean)
+            yield samples, values
 
-    def _set_lr(self, done: float) -> float:
-        """lr after this part of all steps; the first optimizer's is returned."""
+    def _set_lr(self, done: float) -> None:
+        """lr after this part of all steps, of the optimizers that have no controller."""
         factor = SCHEDULES[self.recipe.schedule](done)
-        for name, optimizer in self.learner.optimizers.items():
-            for group, lr in zip(optimizer.param_groups, self.first_lr[name]):
+        for name, first in self.first_lr.items():
+            for group, lr in zip(self.learner.optimizers[name].param_groups, first):
                 group["lr"] = lr * factor
-        return next(iter(self.first_lr.values()))[0] * factor
 
-    def _crops(self, first: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-        steps = range(first, end)
+    def _crops(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are left of the epoch, of this rank."""
         if self.device.type == "cpu":  # the network needs the cores itself
-            yield from map(self._batch, steps)
+            yield from (self._batch(*one) for one in self._draws())
             return
         with ThreadPoolExecutor(_WORKERS) as pool:
             ahead = deque()
-            for step in steps:
-                ahead.append(pool.submit(self._batch, step))
+            for one in self._draws():
+                ahead.append(pool.submit(self._batch, *one))
                 if len(ahead) > 2 * _WORKERS:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def _draws(self) -> Iterator[tuple[int, int]]:
+        """(what a batch's crops are drawn by, their number)."""
+        epoch, recipe = len(self.rows), self.recipe
+        if self.sampler is None:
+            for step in range(epoch * recipe.steps + self.steps, (epoch + 1) * recipe.steps):
+                yield step, recipe.batch_size // self.ranks
+            return
+        for indices in self.sampler:
+            yield epoch * self.samples + indices[0], len(indices)
+
+    def _batch(self, place: int, count: int) -> tuple[Tensor, Tensor]:
         recipe = self.recipe
-        digest = hashlib.sha256(f"{recipe.seed}:{step}:{self.rank}".encode()).digest()
+        digest = hashlib.sha256(f"{recipe.seed}:{place}:{self.rank}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return self.pairs.crops(recipe.batch_size // self.ranks, recipe.crop, generator)
+        return self.pairs.crops(count, recipe.crop, generator)
 
     # -------------------------------------------------------------------------------- evaluation
 
     def close(self):
-        samples = self.recipe.steps * self.recipe.batch_size
-        loss = float(total(self.loss.to(self.device), self.ranks)) / samples
+        loss = float(total(self.loss.to(self.device), self.ranks)) / self.samples
         terms = {
-            f"{name}_loss": float(total(term, self.ranks)) / self.recipe.steps / self.ranks
+            f"{name}_loss": float(total(term, self.ranks)) / self.samples
             for name, term in self.terms.items()
         }
         scores = self._scores()
-        lr = next(iter(self.learner.optimizers.values())).param_groups[0]["lr"]
-        row = {"epoch": len(self.rows), "loss": loss, **terms, **scores, "lr": lr}
+        group = self.main.param_groups[0]
+        row = {"epoch": len(self.rows), "loss": loss, **terms, **scores, "lr": group["lr"]}
+        if self.control is not None:
+            row |= {"momentum": group["momentum"], "batch_size": self.main.batch_size}
+            self.control.step(scores["psnr"])
         improved = scores["psnr"] > self.best
         self.best = max(scores["psnr"], self.best)
         return row, improved
@@ -343,9 +380,18 @@ class _Run(Run):
 
     def state(self):
         optimizers = {name: o.state_dict() for name, o in self.learner.optimizers.items()}
-        return {**optimizers, "terms": self.terms}
+        state = {**optimizers, "terms": self.terms}
+        if self.control is None:
+            return state
+        return state | {
+            "sampler": self.sampler.state_dict(),
+            "control": self.control.state_dict(),
+        }
 
     def set_state(self, state):
         for name, optimizer in self.learner.optimizers.items():
             optimizer.load_state_dict(state[name])
         self.terms = {name: term.to(self.device) for name, term in state["terms"].items()}
+        if self.control is not None:
+            self.sampler.load_state_dict(state["sampler"])
+            self.control.load_state_dict(state["control"])

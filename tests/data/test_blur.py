@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pywino.data import averaged_frames, blur, linear_kernels, trajectory_kernels
+from pywino.data.blur import _STEPS, _walk
 
 
 def moments(kernels):
@@ -24,6 +25,7 @@ def moments(kernels):
 def test_trajectories_are_kernels():
     kernels = trajectory_kernels(200, torch.Generator().manual_seed(0))
     assert kernels.shape == (200, 31, 31)
+    assert trajectory_kernels(0).shape == (0, 31, 31)
     assert kernels.min() >= 0
     torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(200))
     centre, _ = moments(kernels)
@@ -40,6 +42,14 @@ def test_trajectories_are_seeded_and_differ():
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     assert not torch.allclose(first[0], first[1])
+
+
+def test_a_walk_by_hand():
+    """Straight on, turned round by a jerk, aside by tremor, and back by the pull."""
+    path = [_STEPS * x for x in _walk(1 + 0j, [0j, 0j, 1j], [0j, -2 + 0j, 0j], 0.0)]
+    assert path == pytest.approx([1, 0, (-1 + 1j) / math.sqrt(2)])
+    there_and_back = _walk(1 + 0j, [0j] * 4, [0j] * 4, 1.5 * _STEPS)
+    assert [_STEPS * x for x in there_and_back] == pytest.approx([1, 0, -1, 0])
 
 
 def test_longer_paths_blur_more_and_all_stay_inside():

@@ -2,16 +2,23 @@
 """Training of Deblur-YOLO's generator: its terms, its two phases, norms that stay."""
 
 import io
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pywino import models
 from pywino.cli.train import train
 from pywino.data import Pairs, Photos
+from pywino.losses import RelativisticCritic
 from pywino.models import deblur_yolo, mobilenet_v2, small_yolo
 from pywino.train import DeblurRecipe, Listener, load_checkpoint, train_restoration
 from pywino.train.deblur import _GATHER
@@ -133,6 +140,21 @@ def test_it_learns():
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_the_dynamic_batchs_optimizer(tmp_path):
+    """It learns too; and the steps that gather, which it does not make, count."""
+    seen = []
+
+    class Samples(Listener):
+        def step(self, samples, values):
+            seen.append(samples)
+
+    one = recipe(optimizer="sgdm", lr=0.01, epochs=1, steps=_GATHER + 4)
+    (row,) = train_restoration(one, tmp_path, data=data(one), listener=Samples())
+    assert seen == [2] * (_GATHER + 4)
+    assert row["batch_size"] == 2
+    assert load_file(tmp_path / "last.safetensors")["final.weight"].abs().max() > 0
+
+
 def test_it_goes_on_exactly(tmp_path):
     """A run in two parts is the run in one; and its file is one that deblur_yolo reads."""
     one = recipe(epochs=2, steps=10)
@@ -222,6 +244,145 @@ def test_whole_loss(files, tmp_path):
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
 
 
+def test_all_goes_to_the_device(files):
+    """The networks, and what judges: a run on a GPU needs both there."""
+    one = recipe(
+        phase="whole", init=str(files / "start.safetensors"), vgg=str(files / "vgg.pth"),
+        detector=str(files / "detector.safetensors"),
+    )  # fmt: skip
+    learner = one.build()
+    learner.to(torch.device("meta"))
+    modules = [*learner.networks.values(), *(loss for _, loss in learner.terms.values())]
+    assert len(modules) == 5
+    for module in modules:
+        tensors = [*module.parameters(), *module.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}, type(module)
+
+
+def test_half_precision(files):
+    """Forward passes in bfloat16 give terms near those of float32, and all learn."""
+    one = recipe(
+        phase="whole", init=str(files / "start.safetensors"), vgg=str(files / "vgg.pth"),
+        detector=str(files / "detector.safetensors"),
+    )  # fmt: skip
+    terms = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        learner = one.build()
+        learner.autocast = lambda enabled=enabled: torch.autocast(
+            "cpu", torch.bfloat16, enabled=enabled
+        )
+        net, *critics = learner.networks.values()
+        some = [net.final.bias, *(next(critic.parameters()) for critic in critics)]
+        before = [parameter.clone() for parameter in some]
+        terms.append(learner.step(*a_batch(one)))
+        for parameter, old in zip(some, before):
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, old)
+    for name, value in terms[0].items():
+        assert float(terms[1][name]) == pytest.approx(float(value), rel=0.05), name
+    # The generator is the identity still; the critics have computed in bfloat16.
+    assert float(terms[0]["adversarial"]) != float(terms[1]["adversarial"])
+
+
+def test_darknets_files_are_yolov3s(files, monkeypatch):
+    given = []
+
+    def yolov3(weights):
+        given.append(weights)
+        return small_yolo(2)
+
+    monkeypatch.setattr(models, "yolov3", yolov3)
+    learner = recipe(
+        phase="whole", init=str(files / "start.safetensors"), detector="yolov3.weights"
+    ).build()
+    assert given == ["yolov3.weights"]
+    weight, loss = learner.terms["detection"]
+    assert weight == 0.1
+    assert loss.detector.num_classes == 2
+
+
+def test_a_critic_that_is_no_number(files, tmp_path, monkeypatch):
+    """The run stops, and the checkpoint of before it, from which it goes on, is finite in all."""
+    one = recipe(phase="whole", init=str(files / "start.safetensors"), epochs=1, steps=4)
+    loss, calls = RelativisticCritic.loss, []
+
+    def poisoned(self, *predictions):
+        calls.append(1)
+        return loss(self, *predictions) * (float("nan") if len(calls) == 5 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RelativisticCritic, "loss", poisoned)
+        with pytest.raises(
+            FloatingPointError, match=r"must be finite, got .*checkpoint.pt is from"
+        ):
+            train_restoration(one, tmp_path, data=data(one), checkpoint_seconds=0)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    for name in ("model", "global", "local"):
+        assert all(bool(value.isfinite().all()) for value in state[name].values()), name
+    assert state["steps"] == 2
+    assert len(train_restoration(one, tmp_path, data=data(one), resume=True)) == 1
+
+
+RANKS = """
+import io, sys
+import numpy as np
+import torch
+from PIL import Image
+from pywino.data import Pairs, Photos
+from pywino.train import DeblurRecipe, train_restoration
+from pywino.train.restoration import _Run
+
+def photo(i):
+    coarse = np.random.default_rng(i).integers(0, 256, (8, 10, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse.repeat(12, 0).repeat(12, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+torch.set_num_threads(1)
+start, detector, out = sys.argv[1:]
+recipe = DeblurRecipe(data="here", phase="whole", init=start, detector=detector, epochs=1, steps=3,
+                      batch_size=4, crop=32, validate=2, largest=32)
+photos = Photos([f"{i}.png" for i in range(6)], [lambda i=i: photo(i) for i in range(6)])
+networks, close = {}, _Run.close
+def closed(self):
+    networks.update(self.networks)
+    return close(self)
+_Run.close = closed
+(row,) = train_restoration(recipe, out, data=Pairs(photos, *recipe.degrade()).split(0.3))
+sums = [float(sum(p.double().sum() for p in net.parameters())) for net in networks.values()]
+print(row["loss"], row["psnr"], row["adversarial_loss"], *sums)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+def test_two_ranks(files, tmp_path):
+    """Half of the batch each; generator and discriminators stay the same on both."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    (tmp_path / "script.py").write_text(RANKS)
+    arguments = [files / "start.safetensors", files / "detector.safetensors", tmp_path / "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYWINO_PLAN": "static"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "script.py", *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    lines = [text.splitlines()[-1] for text in texts]
+    assert lines[0] == lines[1]
+    assert float(lines[0].split()[2]) == pytest.approx(0.01, rel=0.5)
+
+
 def test_the_encoder_may_stay(files):
     one = recipe(encoder=str(files / "encoder.pth"), freeze_encoder=True)
     net = one.build().networks["model"]
@@ -258,3 +419,42 @@ def test_command(files, tmp_path):
     assert result.exit_code == 0, result.output
     assert "PSNR" in result.output
     assert (tmp_path / "run" / "samples" / "epoch-0001.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ({}, (), "photos must have .jpg"),
+        ({"a.png": b"no picture"}, (), "a.png is damaged or another file"),
+        ({}, ("--init", "a.png"), "a.png cannot be read as a file of tensors"),
+        ({}, ("--encoder", "absent.pth"), "there is no file absent.pth"),
+    ],
+)
+def test_commands_that_are_refused(tmp_path, monkeypatch, content, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a.png").write_bytes(b"no weights")
+    if arguments:
+        content = {f"{i}.png": photo(i) for i in range(3)}
+    for name, one in content.items():
+        (tmp_path / "photos" / name).write_bytes(one)
+    for i in range(bool(content) * 4):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(photo(i))
+    small = (
+        "--crop",
+        "32",
+        "--batch-size",
+        "2",
+        "--epochs",
+        "1",
+        "--steps",
+        "20",
+        "--validate",
+        "1",
+    )
+    line = ["deblur", "--data", "photos", "--out", "run", *small, *arguments]
+    result = CliRunner().invoke(train, line)
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "last.safetensors").exists()

@@ -237,6 +237,51 @@ def test_two_networks(tmp_path):
     assert set(load_file(tmp_path / "a" / "last.safetensors")) == set(a["model"])
 
 
+class WithSgdm(Lighten):
+    """The recipe's own optimizer."""
+
+    def build(self):
+        base = super().build()
+        return Learner(base.networks["model"], base.loss, self.optimize(base.networks["model"]))
+
+
+def test_the_dynamic_batch(tmp_path):
+    """It grows, an epoch has the same crops in fewer steps, and a run in two parts is one."""
+    once = WithSgdm(**RECIPE.as_dict() | {
+        "optimizer": "sgdm", "dynamic_batch": True, "batch_size": 16, "steps": 40, "epochs": 6,
+        "lr": 0.01,
+    })  # fmt: skip
+    seen = []
+
+    class Sizes(Listener):
+        def begin(self, epoch, epochs, samples, consumed):
+            assert (samples, consumed) == (640, 0)
+            seen.append(0)
+
+        def step(self, samples, values):
+            assert samples == values["batch"]
+            seen[-1] += samples
+
+    rows = train_restoration(once, tmp_path / "a", data=DATA, listener=Sizes())
+    assert seen == [640] * 6
+    assert rows[0]["batch_size"] == 16
+    assert rows[-1]["batch_size"] in (32, 64)
+    assert rows[0]["steps"] == 40 > rows[-1]["steps"]
+    assert rows[-1]["lr"] > 0.01
+    assert rows[-1]["psnr"] > rows[-1]["input_psnr"] + 3
+    for row in rows:
+        assert row["l1_loss"] + row["l2_loss"] == pytest.approx(row["loss"], rel=1e-6)
+    step = sum(row["steps"] for row in rows[:-1]) + 4
+    with pytest.raises(KeyboardInterrupt):
+        train_restoration(
+            once, tmp_path / "b", data=DATA, listener=Interrupted(step=step), checkpoint_seconds=0
+        )
+    again = train_restoration(once, tmp_path / "b", data=DATA, resume=True)
+    assert without_times(again) == without_times(rows)
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab")
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
 def test_schedules():
     steps = [round(SCHEDULES["steps"](done), 6) for done in (0, 0.29, 0.3, 0.5, 0.79, 0.8, 0.99)]
     assert steps == [1, 1, 0.2, 0.04, 0.04, 0.008, 0.008]
@@ -265,6 +310,8 @@ def test_amp_and_weights_to_start_from(whole, tmp_path):
         ({"held_out": 0.0}, "held_out must be between 0 and 1"),
         ({"steps": 0}, "steps must be 1 or more, got 0"),
         ({"schedule": "linear"}, "schedule must be one of constant, steps, cosine"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam, sgdm"),
+        ({"dynamic_batch": True}, "dynamic_batch must be off for adam"),
     ],
 )
 def test_recipes_that_are_refused(changes, message):
