@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The LSTM cell, compiled once per instruction set: one pass over the tensors, a vector of the four gates at a time.
 // In channels_last the lanes are channels, else pixels of one channel; only the distances between numbers differ.
+#include "../common/lstm.h"
 #include "../common/simd.h"
-#include "cell.h"
 #include "conv_lstm.h"
 
 namespace pywino::conv_lstm {
@@ -26,9 +26,9 @@ PYWINO_INLINE void store_lanes(T* p, vec v, int lanes) {
 // --- the cell ---------------------------------------------------------------------------------------------------------
 // `apart` is the distance between the gates.
 template <typename T>
-PYWINO_INLINE Gates load_gates(const T* gates, int64_t apart, int lanes) {
-  return Gates(load_lanes(gates, lanes), load_lanes(gates + apart, lanes),
-               load_lanes(gates + 2 * apart, lanes), load_lanes(gates + 3 * apart, lanes));
+PYWINO_INLINE LstmGates load_gates(const T* gates, int64_t apart, int lanes) {
+  return LstmGates(load_lanes(gates, lanes), load_lanes(gates + apart, lanes),
+                   load_lanes(gates + 2 * apart, lanes), load_lanes(gates + 3 * apart, lanes));
 }
 
 template <typename T>
@@ -38,7 +38,7 @@ struct Forward {
   bool past_caches;
 
   PYWINO_INLINE void operator()(int64_t gate, int64_t apart, int64_t at, int lanes) const {
-    const Gates a = load_gates(gates + gate, apart, lanes);
+    const LstmGates a = load_gates(gates + gate, apart, lanes);
     const vec c = a.next_cell(cell ? load_lanes(cell + at, lanes) : zero()), h = a.hidden(c);
     if (sizeof(T) == 4 && past_caches && lanes == kLanes) {
       stream(reinterpret_cast<float*>(next_cell + at), c);
@@ -56,7 +56,7 @@ struct Backward {
   T *grad_gates, *grad_cell;
 
   PYWINO_INLINE void operator()(int64_t gate, int64_t apart, int64_t at, int lanes) const {
-    const Gates a = load_gates(gates + gate, apart, lanes);
+    const LstmGates a = load_gates(gates + gate, apart, lanes);
     const vec c = cell ? load_lanes(cell + at, lanes) : zero();
     const vec t = hyperbolic_tangent(a.next_cell(c)), dh = load_lanes(grad_hidden + at, lanes);
     const vec e = load_lanes(grad_next_cell + at, lanes) + dh * a.o * (1.f - t * t);

@@ -16,10 +16,10 @@
 //   V  [xi][group of MR tiles][C / L][MR][L]   the product walks it with one pointer and constant displacements
 //   U  [panel][xi][C][panel's width]           so does it here; derived from the weight by `filter`
 //   M  [xi][tile][panel's width]
+#include "../common/lstm.h"
 #include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
-#include "../conv_lstm/cell.h"
 #include "stages.h"
 #include "tiles.h"
 #include "transforms.h"
@@ -64,8 +64,8 @@ void cell_stage(const Job<T>& job, int64_t begin, int tiles, const float* gates)
             const float* a = gates + (t * 4 * C + c) * M * M + (i * M + j) * kLanes;
             const int64_t y = piece.y + i * g.dil_h, x = x0 + j * g.dil_w,
                           at = ((piece.image * job.out_h + y) * job.out_w + x) * C + c;
-            const conv_lstm::Gates gate(load(a), load(a + apart), load(a + 2 * apart),
-                                        load(a + 3 * apart));
+            const LstmGates gate(load(a), load(a + apart), load(a + 2 * apart),
+                                 load(a + 3 * apart));
             const vec next = gate.next_cell(state.cell ? load(state.cell + at) : zero()),
                       hidden = gate.hidden(next);
             if (job.stream) {

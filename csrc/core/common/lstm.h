@@ -2,9 +2,9 @@
 // The LSTM cell of a vector of numbers.
 #pragma once
 
-#include "../common/simd.h"
+#include "simd.h"
 
-namespace pywino::conv_lstm {
+namespace pywino {
 namespace {
 
 typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
@@ -45,10 +45,10 @@ PYWINO_INLINE vec hyperbolic_tangent(vec x) {
 }
 
 // From the convolution's a_i, a_f, a_g, a_o.
-struct Gates {
+struct LstmGates {
   vec i, f, g, o;
 
-  PYWINO_INLINE Gates(vec ai, vec af, vec ag, vec ao)
+  PYWINO_INLINE LstmGates(vec ai, vec af, vec ag, vec ao)
       : i(sigmoid(ai)), f(sigmoid(af)), g(hyperbolic_tangent(ag)), o(sigmoid(ao)) {}
 
   PYWINO_INLINE vec next_cell(vec c) const { return f * c + i * g; }
@@ -56,4 +56,4 @@ struct Gates {
 };
 
 }  // namespace
-}  // namespace pywino::conv_lstm
+}  // namespace pywino
