@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEPT = Path(__file__).parent / "runs"
-SMALL = ("recipe.json", "log.jsonl", "curves.png", "stack.json")
+SMALL = ("recipe.json", "log.jsonl", "curves.png", "stack.json", "detection.json")
 PIECES = "work.tar.*"  # of gpu-train
 
 # (data, network, its kind, what the paper reports in per cent, at which sparsity)
