@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The demo on networks and pictures of a few pixels: what it measures, writes and says."""
 
+import dataclasses
 import io
 import json
 import os
@@ -156,6 +157,12 @@ def test_amdahl():
     assert result.share == 1
     assert result.as_json()["ceiling"] is None
     assert "ceiling is none" in demo._footer(result)
+    # Where all else gets faster, too, it is no bound.
+    result = dataclasses.replace(result_with(10.0, [2.0, 3.0], after=2.0), others="fused")
+    assert result.as_json()["ceiling"] is None
+    footer = demo._footer(result)
+    assert "ceiling" not in footer
+    assert "all else is fused after the swap. The whole model reached 5.00×" in footer
 
 
 def test_interleaved():

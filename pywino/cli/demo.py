@@ -47,6 +47,7 @@ class Job:
     weights: str = "random weights, seed 0"
     normalised: bool = True  # as ImageNet's networks want it; else RGB in 0..1
     rain: bool = False
+    others: str = "PyTorch"  # what computes all else after the swap
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Result:
     error: float  # of the model's output, against float64
     torch_error: float
     layers: list[LayerRow] = field(default_factory=list)
+    others: str = "PyTorch"
 
     @property
     def before(self) -> float:
@@ -107,13 +109,16 @@ class Result:
 
     @property
     def ceiling(self) -> float:
-        """Amdahl's: the ratio of the whole model if these layers took no time at all."""
-        return 1 / (1 - self.share) if self.share < 1 else float("inf")
+        """Amdahl's: the ratio of the whole model if these layers took no time at all; infinite
+        where all else is not PyTorch's, before and after."""
+        bounded = self.share < 1 and self.others == "PyTorch"
+        return 1 / (1 - self.share) if bounded else float("inf")
 
     def as_json(self) -> dict:
         numbers = ("ratio", "before", "after", "layers_before", "layers_after", "share", "ceiling")
         derived = {name: getattr(self, name) for name in numbers}
-        derived["ceiling"] = None if self.share == 1 else self.ceiling  # JSON has no infinity
+        if self.ceiling == float("inf"):  # which JSON has not
+            derived["ceiling"] = None
         layers = [asdict(row) | {"ratio": row.ratio} for row in self.layers]
         return asdict(self) | derived | {"layers": layers}
 
@@ -342,6 +347,7 @@ def measure(
         error=_relative_error(outputs["after"], exact),
         torch_error=_relative_error(outputs["before"], exact),
         layers=rows,
+        others=job.others,
     )
     progress("done", 1)
     return result, {"input": x, **outputs}
@@ -388,7 +394,7 @@ def _rows(result: Result) -> list[tuple[str, ...]]:
     rows.append(line("these layers", "", "", before, after, before / after, "", ""))
     # A difference of two measurements: no ratio is made of it.
     before, after = max(0.0, result.before - before), max(0.0, result.after - after)
-    rows.append(line("all else", "", "PyTorch", before, after, "", "", ""))
+    rows.append(line("all else", "", result.others, before, after, "", "", ""))
     errors = (result.error, result.torch_error)
     rows.append(line("whole model", "", "", result.before, result.after, result.ratio, *errors))
     return rows
@@ -398,11 +404,15 @@ def _footer(result: Result) -> str:
     def formats(ms):
         return ", ".join(f"{key} {value:.1f} ms" for key, value in ms.items())
 
-    ceiling = "none" if result.share == 1 else f"{result.ceiling:.2f}×"
+    if result.others == "PyTorch":
+        ceiling = "none" if result.share == 1 else f"{result.ceiling:.2f}×"
+        rest = f"before, so the whole model's ceiling is {ceiling}; it"
+    else:
+        rest = f"before; all else is {result.others} after the swap. The whole model"
     return (
         f"{result.input}. Before: {formats(result.before_ms)}; after: {formats(result.after_ms)}; "
         f"the better one of each counts. These layers take {100 * result.share:.0f} % of the time "
-        f"before, so the whole model's ceiling is {ceiling}; it reached {result.ratio:.2f}×."
+        f"{rest} reached {result.ratio:.2f}×."
     )
 
 
@@ -549,6 +559,7 @@ def jobs(quick: bool = False, sapnet_weights: str | None = None) -> list[Job]:
             weights=given,
             normalised=False,
             rain=True,
+            others="fused",
         ),
     ]
 

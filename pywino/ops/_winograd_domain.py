@@ -42,8 +42,18 @@ def densities(weight):
     return kept.float().mean().item(), blocks.any(1).float().mean().item()
 
 
+def _is_full(weight):
+    """Whether no zero is in a sample of at most 128 x 128 kernels: to count those of a weight in
+    training would take longer than to pack it."""
+    k, c = (max(1, size // 64) for size in weight.shape[:2])
+    sample = weight[::k, ::c]
+    return sample.count_nonzero().item() == sample.numel()
+
+
 def pattern(weight):
     """How to pack a weight of the Winograd domain: "dense", "blocks" or "unstructured"."""
+    if _is_full(weight):
+        return "dense"
     single, blocks = densities(weight)
     work = {
         "dense": _GAIN,
@@ -65,8 +75,7 @@ def pack_turned(weight, tile):
     """What `_winograd_domain_backward_input` takes for W: a float tensor, or an int32 one without
     the zeros. Blocks of output channels are none of the turned weight, so zeros are skipped one by
     one."""
-    single, _ = densities(weight)
-    if _UNSTRUCTURED[0] * single + _UNSTRUCTURED[1] < _GAIN:
+    if not _is_full(weight) and _UNSTRUCTURED[0] * densities(weight)[0] + _UNSTRUCTURED[1] < _GAIN:
         return _ops._winograd_sparse_pack.default(weight, tile, True, False)
     return _ops._winograd_pack.default(weight, tile, True)
 

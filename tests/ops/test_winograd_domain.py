@@ -441,3 +441,16 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(RuntimeError, match=r"weight \(K, C, tile \+ 2"):
             conv(torch.randn(input), torch.randn(weight), tile=tile)
+
+
+def test_zeros_of_a_full_weight_are_not_counted(monkeypatch):
+    """A step of training packs it twice; to count takes longer than that."""
+    counted = []
+    densities = domain.densities
+    monkeypatch.setattr(domain, "densities", lambda w: counted.append(w) or densities(w))
+    weight = torch.randn(200, 300, 6, 6)
+    assert domain.pattern(weight) == "dense"
+    assert not counted
+    weight[torch.rand_like(weight) < 0.9] = 0
+    assert domain.pattern(weight) == "unstructured"
+    assert counted
