@@ -62,7 +62,7 @@ def _calls(module, x, suffix=""):
 
 @pytest.mark.benchmark(group="sapnet")
 @pytest.mark.environment(GLIBC_TUNABLES=None)
-@pytest.mark.layers(full=NETWORKS, default=NETWORKS[7:])
+@pytest.mark.layers(full=NETWORKS, default=NETWORKS[1:2])
 @torch.inference_mode()
 def test_sapnet(compare, native, full, layer):
     """SAPNet with four kinds of attention, six stages, fp32, batch 1, on pywino's layers against
