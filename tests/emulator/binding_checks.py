@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.library import opcheck
 
 warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
 torch.ops.load_library(sys.argv[1])
@@ -122,7 +123,7 @@ def check_opcheck():
     weight = torch.randn(9, 8, 3, 3)
     for tile, strict in ((1, True), (2, False), (4, True)):
         filter_arguments = (weight, tile, strict, False, True)
-        torch.library.opcheck(ops._winograd_cuda_filter.default, filter_arguments, test_utils=tests)
+        opcheck(ops._winograd_cuda_filter.default, filter_arguments, test_utils=tests)
         u, scale = ops._winograd_cuda_filter(*filter_arguments)
         if tile == 1:
             arguments = (x, u, None, None, 9, (1, 1), (1, 1), True, True)
@@ -131,16 +132,14 @@ def check_opcheck():
             arguments = (x, u, scale, None, None, 9, tile, (1, 1), (1, 1), True, False, strict)
             arguments = (*arguments, 1 << 28)
             op = ops._winograd_cuda_forward.default
-        torch.library.opcheck(op, arguments, test_utils=tests)
+        opcheck(op, arguments, test_utils=tests)
     grad = torch.randn(2, 9, 7, 6).contiguous(memory_format=channels_last)
     geometry = (4, (1, 1), (1, 1))
     arguments = (grad, x, None, None, *geometry, True, False, True, 1 << 28)
-    torch.library.opcheck(ops._winograd_cuda_backward_weight.default, arguments, test_utils=tests)
+    opcheck(ops._winograd_cuda_backward_weight.default, arguments, test_utils=tests)
     turned = ops._winograd_cuda_filter(torch.randn(9, 8, 6, 6), 4, True, True, False)
     arguments = (grad, x, *turned, *geometry, True, 1 << 28)
-    torch.library.opcheck(
-        ops._winograd_cuda_relu_backward_input.default, arguments, test_utils=tests
-    )
+    opcheck(ops._winograd_cuda_relu_backward_input.default, arguments, test_utils=tests)
 
 
 def check_refusals():
@@ -189,7 +188,7 @@ def check_attention(dtype, bound, last):
     assert error(dx, by_input) <= bound, (dtype, error(dx, by_input))
     assert error(du, by_logit) <= 1e-5, (dtype, error(du, by_logit))
     assert (dx.dtype, dx.stride()) == (dtype, x.stride())
-    torch.library.opcheck(forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    opcheck(forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
     refuses("residual must", forward, *arguments[:6], residual[:1], True, True)
     refuses("does not fit input's channels", forward, x, w1, b1, w3, *arguments[4:])
 
@@ -224,7 +223,7 @@ def check_masked(dtype, bound, last, c):
         assert (y.dtype, y.is_contiguous()) == (dtype, not last)
     given = (x, mask.expand(2, 1, 9, 7).contiguous(), filter, bias, (1, 1), (1, 1), True)
     forward = ops._masked_cuda_forward
-    torch.library.opcheck(forward.default, given, test_utils=("test_schema", "test_faketensor"))
+    opcheck(forward.default, given, test_utils=("test_schema", "test_faketensor"))
     refuses("mask must be contiguous and bool", forward, x, mask, *given[2:])
     refuses("filter must be", forward, *given[:2], weight, *given[3:])
     # From the middle of a word, as slices of larger tensors may begin.
@@ -247,7 +246,7 @@ def check_sparse(dtype, bound, last, c):
     if last and c == 16:
         given, forward = (x, *filter, bias, 70, *where, True), ops._sparse_cuda_forward
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(forward.default, given, test_utils=tests)
+        opcheck(forward.default, given, test_utils=tests)
         refuses("input must be channels_last", forward, x.contiguous(), *given[1:])
         refuses("multiple of 16 bytes", forward, x[:, :15].contiguous(memory_format=channels_last),
                 *given[1:])  # fmt: skip
@@ -261,7 +260,7 @@ def check_sparse(dtype, bound, last, c):
     assert (y.dtype, y.is_contiguous()) == (dtype, not last)
     if last and c == 16 and dtype != torch.float32:
         given, forward = (x, *filter, bias, 70, *where), ops._sparse_cuda_two_of_four
-        torch.library.opcheck(forward.default, given, test_utils=tests)
+        opcheck(forward.default, given, test_utils=tests)
         refuses("packed for another weight", forward, *given[:3], None, 200, *given[5:])
         refuses("must be float16 or bfloat16", forward, x.float(), *given[1:])
 

@@ -11,6 +11,7 @@ are what the domain costs."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from pywino.kernels import winograd
 from pywino.reference import winograd as reference
@@ -383,7 +384,7 @@ def test_schemas():
         "relu_input_gradient": (y, x, *turned, *geometry, "f32"),
     }.items():
         op = getattr(ops, f"_winograd_triton_{name}").default
-        torch.library.opcheck(op, arguments, test_utils="test_schema")
+        opcheck(op, arguments, test_utils="test_schema")
 
 
 def test_an_empty_batch():
