@@ -21,16 +21,16 @@ Sums are taken in fp32 in an order that the shape alone decides: the same bits e
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
+
+from pywino.kernels.launch import is_channels_last, on_device_of
 
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # the module can be imported; its functions say what is missing
-    triton, missing = None, str(error)
+except ImportError:  # the module can be imported; its functions say what is missing
+    triton = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELEMENTS = 8192  # of an image that one program keeps, and of a weight in one piece
@@ -341,26 +341,8 @@ def block(channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
 # --- launching ---
 
 
-def why_not() -> str | None:
-    """Why no kernel of this module can run, or None."""
-    if triton is None:
-        return f"Triton is not installed ({missing}); type: pip install triton"
-    return None
-
-
 def _launch(kernel, grid, *arguments, warps=4, **constants):
     kernel[grid](*arguments, **constants, num_warps=warps)
-
-
-def _on_device_of(tensor):
-    """Triton launches on the current device."""
-    if tensor.is_cuda and torch.cuda.is_available():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-def _is_channels_last(tensor):
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _sizes(input, w1):
@@ -375,7 +357,7 @@ def _matrices(*weights):
 def _sum_up(grad, input, gate, relu, size):
     """Partial sums (N, parts, C) of x, or of D x."""
     n, c, pixels, _ = size
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     block_c, block_p = block(c, pixels, last)
     parts = min(PARTS, -(-pixels // block_p))
     partial = input.new_empty((n, parts, c), dtype=torch.float32)
@@ -412,13 +394,13 @@ def forward(
     2022; without w3 Hu et al., CVPR 2018.
     """
     size = n, c, pixels, hidden = _sizes(input, w1)
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     w1, w2, w3 = _matrices(w1, w2, w3)
     output = torch.empty_like(input)
     mean = input.new_empty((n, c), dtype=torch.float32)
     gate = torch.empty_like(mean)
     layers = (w1, b1, w2, b2, w3)
-    with _on_device_of(input):
+    with on_device_of(input):
         if fits(c, pixels, hidden, w3 is not None):
             _launch(
                 _whole,
@@ -472,12 +454,12 @@ def backward(
     float32. grad is of act(x g), in input's dtype and memory format; mean and gate are `forward`'s.
     """
     size = n, c, pixels, hidden = _sizes(input, w1)
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     w1, w2, w3 = _matrices(w1, w2, w3)
     mean, gate = mean.contiguous(), gate.contiguous()
     input_gradient, logit_gradient = torch.empty_like(input), torch.empty_like(mean)
     layers = (w1, b1, w2, w3)
-    with _on_device_of(input):
+    with on_device_of(input):
         if fits(c, pixels, hidden, w3 is not None):
             _launch(
                 _whole_gradient,

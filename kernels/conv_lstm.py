@@ -9,16 +9,16 @@ for elements of e; backward reads 7 (the gates, c, dh', dc') and writes 5. The e
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
+
+from pywino.kernels.launch import on_device_of
 
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # the module can be imported; its functions say what is missing
-    triton, missing = None, str(error)
+except ImportError:  # the module can be imported; its functions say what is missing
+    triton = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 1024
@@ -105,22 +105,8 @@ def _cell_gradient(
 # --- launching ---
 
 
-def why_not() -> str | None:
-    """Why no kernel of this module can run, or None."""
-    if triton is None:
-        return f"Triton is not installed ({missing}); type: pip install triton"
-    return None
-
-
 def _launch(kernel, grid, *arguments, warps=4, **constants):
     kernel[grid](*arguments, **constants, num_warps=warps)
-
-
-def _on_device_of(tensor):
-    """Triton launches on the current device."""
-    if tensor.is_cuda and torch.cuda.is_available():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def _state(gates):
@@ -140,7 +126,7 @@ def forward(gates: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     hidden, inner = _state(gates)
     next_cell = torch.empty_like(hidden)
-    with _on_device_of(gates):
+    with on_device_of(gates):
         arguments = (gates, cell, hidden, next_cell, inner, hidden.numel())
         _launch(_cell, (triton.cdiv(hidden.numel(), BLOCK),), *arguments, BLOCK=BLOCK)
     return hidden, next_cell
@@ -152,7 +138,7 @@ def backward(
     """(gradient of the gates, gradient of c), for those of h' and c': all in one memory format."""
     by_cell, inner = _state(gates)
     by_gates = torch.empty_like(gates)
-    with _on_device_of(gates):
+    with on_device_of(gates):
         arguments = (grad_hidden, grad_cell, gates, cell, by_gates, by_cell, inner)
         grid = (triton.cdiv(by_cell.numel(), BLOCK),)
         _launch(_cell_gradient, grid, *arguments, by_cell.numel(), BLOCK=BLOCK)

@@ -31,18 +31,18 @@ kernels was measured on a GPU yet.
 
 from __future__ import annotations
 
-import contextlib
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pywino.kernels.launch import is_channels_last, on_device_of, processors
+
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # the module can be imported; its functions say what is missing
-    triton, missing = None, str(error)
+except ImportError:  # the module can be imported; its functions say what is missing
+    triton = None
 
 BLOCK = 1024  # pixels that a program of the compaction looks at
 
@@ -192,34 +192,8 @@ def product(channels, out_channels, element_size):
 # --- launching ---
 
 
-def why_not() -> str | None:
-    """Why no kernel of this module can run, or None."""
-    if triton is None:
-        return f"Triton is not installed ({missing}); type: pip install triton"
-    return None
-
-
 def _launch(kernel, grid, *arguments, warps=4, stages=1, **constants):
     kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
-
-
-def _on_device_of(tensor):
-    """Triton launches on the current device."""
-    if tensor.is_cuda and torch.cuda.is_available():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-@cache
-def _processors(device):
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _is_channels_last(tensor):
-    """The layout rule of every op: its output is channels_last iff this holds for its input."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def list_pixels(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +204,7 @@ def list_pixels(mask: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(pixels, BLOCK)
     counts = torch.empty(blocks, dtype=torch.int32, device=mask.device)
     list = torch.empty(pixels, dtype=torch.int32, device=mask.device)
-    with _on_device_of(mask):
+    with on_device_of(mask):
         _launch(_count, (blocks,), mask, counts, pixels, BLOCK=BLOCK)
         ends = torch.cumsum(counts, 0, dtype=torch.int32)
         _launch(_list, (blocks,), mask, ends, list, pixels, BLOCK=BLOCK)
@@ -255,7 +229,7 @@ def forward(
     """
     n, channels, height, width = input.shape
     out_channels, *kernel_size, _ = filter.shape
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     format = torch.channels_last if last else torch.contiguous_format
     output = torch.empty(
         (n, out_channels, height, width), dtype=input.dtype, device=input.device,
@@ -266,10 +240,10 @@ def forward(
     k_blocks = triton.cdiv(out_channels, block.k)
     most = triton.cdiv(mask.numel(), block.pixels) * k_blocks
     precision = ("tf32x3" if strict else "tf32") if input.dtype == torch.float32 else None
-    with _on_device_of(input):
+    with on_device_of(input):
         _launch(
             _convolve_pixels,
-            (min(most, 2 * _processors(input.device)),),
+            (min(most, 2 * processors(input.device)),),
             *(input, mask, list, count, filter, bias, output, channels, out_channels),
             *(height, width, *input.stride(), *output.stride()),
             *(*kernel_size, *padding, *dilation),

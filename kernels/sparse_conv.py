@@ -16,18 +16,18 @@ yet.
 
 from __future__ import annotations
 
-import contextlib
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pywino.kernels.launch import is_channels_last, on_device_of, processors
+
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # the module can be imported; its functions say what is missing
-    triton, missing = None, str(error)
+except ImportError:  # the module can be imported; its functions say what is missing
+    triton = None
 
 if triton is None:
 
@@ -140,34 +140,8 @@ PRODUCTS = {
 # --- launching ---
 
 
-def why_not() -> str | None:
-    """Why no kernel of this module can run, or None."""
-    if triton is None:
-        return f"Triton is not installed ({missing}); type: pip install triton"
-    return None
-
-
 def _launch(kernel, grid, *arguments, warps=4, stages=1, **constants):
     kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
-
-
-def _on_device_of(tensor):
-    """Triton launches on the current device."""
-    if tensor.is_cuda and torch.cuda.is_available():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-@cache
-def _processors(device):
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _is_channels_last(tensor):
-    """The layout rule of every op: its output is channels_last iff this holds for its input."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def forward(
@@ -195,7 +169,7 @@ def forward(
     group, chunk = values.shape[1:]
     sizes = zip((height, width), kernel_size, stride, padding, dilation)
     out_height, out_width = ((i + 2 * p - d * (r - 1) - 1) // s + 1 for i, r, s, p, d in sizes)
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     output = torch.empty(
         (n, out_channels, out_height, out_width), dtype=input.dtype, device=input.device,
         memory_format=torch.channels_last if last else torch.contiguous_format,
@@ -203,10 +177,10 @@ def forward(
     block = PRODUCTS[input.element_size(), group]
     pixels, groups = n * out_height * out_width, triton.cdiv(out_channels, group)
     blocks = triton.cdiv(pixels, block.pixels) * groups
-    with _on_device_of(input):
+    with on_device_of(input):
         _launch(
             _convolve_blocks,
-            (min(blocks, 2 * _processors(input.device)),),
+            (min(blocks, 2 * processors(input.device)),),
             *(input, values, entries, starts, bias, output, pixels, groups, channels),
             *(out_channels, height, width, out_height, out_width),
             *(*input.stride(), *output.stride()),

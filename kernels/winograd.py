@@ -40,21 +40,20 @@ kernels was measured on a GPU yet.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pywino.kernels.launch import is_channels_last, on_device_of, processors, why_not
 from pywino.reference.winograd import POINTS, exact_matrices
 
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # the module can be imported; its functions say what is missing
-    triton, missing = None, str(error)
+except ImportError:  # the module can be imported; its functions say what is missing
+    triton = None
 
 DOMAINS = {"f16": torch.float16, "f32": torch.float32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -717,40 +716,14 @@ def transform_block(tiles, channels_padded, tile, channels_last):
 # --- launching ---
 
 
-def why_not():
-    """Why no kernel of this module can run, or None."""
-    if triton is None:
-        return f"Triton is not installed ({missing}); type: pip install triton"
-    return None
-
-
 def _launch(kernel, grid, *arguments, warps=4, stages=1, **constants):
     if isinstance(kernel, triton.JITFunction):
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 
-def _on_device_of(tensor):
-    """Triton launches on the current device."""
-    if tensor.is_cuda and torch.cuda.is_available():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-@cache
-def _processors(device):
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _is_channels_last(tensor):
-    """The layout rule of every op: its output is channels_last iff this holds for its input."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
 def _empty(size, like):
-    last = _is_channels_last(like)
+    last = is_channels_last(like)
     memory_format = torch.channels_last if last else torch.contiguous_format
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
@@ -836,7 +809,7 @@ def _transform(tensor, v, scale, peaks, geometry, chunk, X, SCALES, relu=False):
     """Launches `_to_domain` of an input or an output gradient."""
     image, first, tiles = chunk
     rows, channels_padded = v.shape[1:]
-    last, tile = _is_channels_last(tensor), geometry.tile
+    last, tile = is_channels_last(tensor), geometry.tile
     block = transform_block(tiles, channels_padded, tile, last)
     columns = 1 if SCALES == "tile" else -(-channels_padded // block[1])
     _launch(
@@ -864,7 +837,7 @@ def _multiply(v, u, m, domain, tiles):
     blocks = taps * (rows // block.tiles) * (k_padded // block.k)
     _launch(
         _products,
-        (min(blocks, 2 * _processors(v.device)),),
+        (min(blocks, 2 * processors(v.device)),),
         *(v, u, m, rows, k_padded, c_padded, taps),
         BLOCK_TILES=block.tiles,
         BLOCK_K=block.k,
@@ -924,7 +897,7 @@ def transform_filter(
     k_padded, c_padded = padded(k), padded(c)
     u = weight.new_empty(((tile + 2) ** 2, k_padded, c_padded), dtype=DOMAINS[domain])
     scale = weight.new_empty(k_padded, dtype=torch.float32)
-    with _on_device_of(weight):
+    with on_device_of(weight):
         _launch(
             _transform_filter,
             (k_padded // FILTER_BLOCK[tile][0],),
@@ -983,7 +956,7 @@ def forward(
         ),
     )
     taps, k_padded, c_padded = filter.shape
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     if bias is not None:
         bias = bias.float().contiguous()
     if residual is not None:
@@ -995,7 +968,7 @@ def forward(
     v = filter.new_empty((taps, rows, c_padded))
     m = filter.new_empty((taps, rows, k_padded))
     tile_scale = scale.new_empty(rows)
-    with _on_device_of(input):
+    with on_device_of(input):
         for chunk in chunks:
             tiles = chunk[2]
             scales = "tile" if domain == "f16" else None
@@ -1057,7 +1030,7 @@ def weight_gradient(
     blocks = taps * (k_padded // block.k) * (c_padded // block.c)
     splits = max(1, min(SUMMED_BLOCKS // blocks, rows // block.tiles))
     s = input.new_empty((splits, taps, k_padded, c_padded), dtype=torch.float32)
-    with _on_device_of(input):
+    with on_device_of(input):
         for chunk in chunks:
             scales = "channel" if scaled else None
             _transform(grad, d, None, k_peaks, g, chunk, A, scales)
@@ -1101,7 +1074,7 @@ def relu_input_gradient(
     _check_grad("relu_input_gradient", grad, input, g)
     c = input.shape[1]
     _check_filter("relu_input_gradient", grad, filter, scale, c, tile, domain)
-    last = _is_channels_last(input)
+    last = is_channels_last(input)
     output = _empty(input.shape, input)
     taps, c_padded, k_padded = filter.shape
     bytes_of_tile = taps * ((k_padded + c_padded) * filter.element_size() + 4 * c_padded) + 4
@@ -1111,7 +1084,7 @@ def relu_input_gradient(
     m = filter.new_empty((taps, rows, c_padded))
     patches = filter.new_empty((taps, rows, c_padded), dtype=torch.float32)
     tile_scale = scale.new_empty(rows)
-    with _on_device_of(input):
+    with on_device_of(input):
         for chunk in chunks:
             image, _, tiles = chunk
             scales = "tile" if domain == "f16" else None

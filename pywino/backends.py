@@ -15,8 +15,7 @@ PRECISIONS = ("default", "fast")
 TILES = {"f2": 2, "f4": 4, "f6": 6}
 _OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
-# Ops without a convolution, and the rooms that their kernels are in.
-_ROOMS = {"channel_residual_attention": "channel_attention", "conv_lstm_cell": "conv_lstm"}
+_ELEMENTWISE = ("channel_residual_attention", "conv_lstm_cell")  # ops without a convolution
 
 _CHECKS = {}  # (backend, op) -> predicate(call, algorithm) -> str | None
 
@@ -147,12 +146,12 @@ def _no_cuda_library(call):
     return native.why_no_cuda()
 
 
-def _no_triton(call, room):
+def _no_triton(call):
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    return importlib.import_module(f"pywino.kernels.{room}").why_not()
+    return importlib.import_module("pywino.kernels.launch").why_not()
 
 
 def _winograd_cuda(call, algorithm):
@@ -177,7 +176,7 @@ def _winograd_cuda(call, algorithm):
 
 
 def _winograd_triton(call, algorithm):
-    reason = _no_triton(call, "winograd")
+    reason = _no_triton(call)
     if reason is not None:
         return reason
     if algorithm not in ("auto", *TILES):
@@ -214,7 +213,7 @@ def _elementwise_cuda(call, algorithm):
 
 
 def _elementwise_triton(call, algorithm):
-    return _no_triton(call, _ROOMS[call.op]) or _elementwise(call, algorithm)
+    return _no_triton(call) or _elementwise(call, algorithm)
 
 
 def _elementwise(call, algorithm):
@@ -239,7 +238,7 @@ def _sparse_cuda(call, algorithm):
 
 
 def _sparse_triton(call, algorithm):
-    return _no_triton(call, "sparse_conv") or _sparse_gpu(call, algorithm)
+    return _no_triton(call) or _sparse_gpu(call, algorithm)
 
 
 def _sparse_gpu(call, algorithm):
@@ -258,7 +257,7 @@ def _masked_cuda(call, algorithm):
 
 
 def _masked_triton(call, algorithm):
-    return _no_triton(call, "masked_conv") or _masked_gpu(call, algorithm)
+    return _no_triton(call) or _masked_gpu(call, algorithm)
 
 
 def _masked_gpu(call, algorithm):
@@ -287,7 +286,7 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_domain_conv2d" + _op, _winograd_cpu)
-for _op in _ROOMS:
+for _op in _ELEMENTWISE:
     register("cpu", _op, _elementwise_cpu)
     register("cuda", _op, _elementwise_cuda)
     register("triton", _op, _elementwise_triton)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The numbers of the Triton LSTM cell, against the reference in float64. test_conv_lstm_triton.py
+"""The numbers of the Triton LSTM cell, against the reference in float64. test_rooms_triton.py
 runs this file in a process of its own."""
 
 import pytest

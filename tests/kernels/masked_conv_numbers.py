@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The numbers of the Triton masked convolution, against the reference in float64.
-test_masked_conv_triton.py runs this file in a process of its own."""
+test_rooms_triton.py runs this file in a process of its own."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The numbers of the Triton sparse convolution, against the reference in float64.
-test_sparse_conv_triton.py runs this file in a process of its own."""
+test_rooms_triton.py runs this file in a process of its own."""
 
 import pytest
 import torch

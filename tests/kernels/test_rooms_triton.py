@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The Triton kernels of the room: their numbers, in Triton's interpreter or on a GPU, and what they
-say without Triton. test_winograd_triton.py holds the machine code of all rooms."""
+"""The Triton kernels of each room: their numbers, in Triton's interpreter or on a GPU, and what
+they say without Triton. test_winograd_triton.py has more of the winograd room, and the machine code
+of all rooms."""
 
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent
+ROOMS = sorted(path.name.removesuffix("_numbers.py") for path in FOLDER.glob("*_numbers.py"))
 
 
 def python(*arguments, **environment):
@@ -23,12 +25,12 @@ def python(*arguments, **environment):
     )
 
 
-def test_without_triton_it_says_so():
-    script = """
+def test_without_triton_they_say_so():
+    script = f"""
 import sys
 sys.modules["triton"] = None
-from pywino.kernels import masked_conv
-print(masked_conv.why_not())
+from pywino.kernels import launch, {", ".join(ROOMS)}
+print(launch.why_not())
 """
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
@@ -37,10 +39,10 @@ print(masked_conv.why_not())
 
 
 @pytest.mark.slow
-def test_numbers():
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "winograd"])
+def test_numbers(room):
     pytest.importorskip("triton")
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    numbers = FOLDER / "masked_conv_numbers.py"
-    done = python("-m", "pytest", "-q", "-x", numbers, **interpreted)
+    done = python("-m", "pytest", "-q", "-x", FOLDER / f"{room}_numbers.py", **interpreted)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "skipped" not in done.stdout.splitlines()[-1]
