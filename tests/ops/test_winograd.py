@@ -238,6 +238,22 @@ def test_forward(isa, tile, channels_last):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("k", [104, 272])  # the last panel is narrow, and stands alone or not
+@pytest.mark.parametrize("tile", TILES)
+def test_several_panels_at_once(isa, tile, k):
+    """How one thread takes many channels: V is larger than the second-level cache."""
+    input, weight = tensors((1, 512, 34, 29), (k, 512, 3, 3), channels_last=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        actual = conv(input, weight, algorithm=f"f{tile}")
+    finally:
+        torch.set_num_threads(threads)
+    exact = plain(*double(input, weight))
+    assert_close_to_reference(actual, exact, plain(input, weight), K[tile])
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tile", TILES)
 def test_forward_of_16_bit_floats_is_no_less_accurate(isa, tile, dtype):
@@ -441,7 +457,7 @@ def scratch_of(run):
 @pytest.mark.native
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("c", "k", "size"), [(16, 16, 60), (64, 640, 30), (512, 512, 14), (1536, 64, 9)]
+    ("c", "k", "size"), [(16, 16, 60), (64, 640, 30), (512, 512, 14), (512, 272, 34), (1536, 64, 9)]
 )
 @pytest.mark.parametrize("tile", TILES)
 def test_scratch_is_bounded(tile, c, k, size, channels_last):

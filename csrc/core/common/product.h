@@ -45,7 +45,8 @@ PYWINO_INLINE void rank_one(vec (&sum)[MR][NR], const float* v, const float* u) 
   }
 }
 
-// M[r][n] = sum_c V[r][c] U[c][n] for MR tiles and NR vectors of output channels; `depth` counts floats of V.
+// M[r][n] = sum_c V[r][c] U[c][n] for MR tiles and NR vectors of output channels; `depth` counts floats of V. While it computes,
+// it fetches V's next block of channels, or of tiles, into the first-level cache, where loads leave room for that.
 template <typename E, int MR, int NR>
 void multiply(int64_t depth, const float* __restrict v, const float* __restrict u,
               float* __restrict m, const Ahead& ahead) {
@@ -59,7 +60,10 @@ void multiply(int64_t depth, const float* __restrict v, const float* __restrict 
       int k = 0;
       for (; k + 4 <= most; k += 4) {
         fetch(ahead, (done + c + k) / 4);
-        PYWINO_UNROLL for (int i = 0; i < 4; ++i, u += NR * kLanes) rank_one<E>(sum, v + k + i, u);
+        PYWINO_UNROLL for (int i = 0; i < 4; ++i, u += NR * kLanes) {
+          if (NR > 1) prefetch(v + (MR + k + i) * kLanes);
+          rank_one<E>(sum, v + k + i, u);
+        }
       }
       for (; k < most; ++k, u += NR * kLanes) rank_one<E>(sum, v + k, u);
     }

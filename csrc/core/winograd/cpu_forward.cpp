@@ -4,10 +4,12 @@
 // A chunk of T tiles goes through three stages while its data stay in the second-level cache:
 //
 //   input    V[xi][tile][C]  = B^T d B       xi = 0 .. a*a - 1, lanes = channels
-//   product  M[xi][tile][K'] = V[xi] U[xi]   a*a matrix products, K' = a panel of at most 2 vectors of output channels
+//   product  M[xi][tile][K'] = V[xi] U[xi]   a*a matrix products, K' = a panel of at most 2 vectors of output channels,
+//                                            or a few panels
 //   output   Y = A^T M A + bias + residual, ReLU
 //
-// `product` and `output` run panel by panel, so that M is small. There are two ways to share the work:
+// `product` and `output` run panel by panel, so that M is small; where V is large, a few panels at once.
+// There are two ways to share the work:
 //   private  each thread takes whole chunks: no barrier. For filters that fit in the caches.
 //   joint    all threads transform one large chunk, then share its panels: the filter is read once per chunk, not per thread.
 //            For many channels, where reading U costs more than everything else, and for few tiles.
@@ -15,7 +17,7 @@
 // Layouts (L = lanes of a vector, MR = tiles of a register block):
 //   V  [xi][group of MR tiles][C / L][MR][L]   the product walks it with one pointer and constant displacements
 //   U  [panel][xi][C][panel's width]           so does it here; derived from the weight by `filter`
-//   M  [xi][tile][panel's width]
+//   M  [xi][panel][tile][panel's width]
 #include "../common/lstm.h"
 #include "../common/product.h"
 #include "../common/scratch.h"
@@ -38,7 +40,7 @@ void gate_stage(const Job<T>& job, int t0, int t1, int64_t channel, int vectors,
     for (int n = 0; n < vectors; ++n) {
       const vec bias = job.params.bias ? load(job.params.bias + channel + n * kLanes) : zero();
       float* out = gates + (t * all + first + n) * M * M * kLanes;
-      transform_product<M>(m + ((t - t0) * vectors + n) * kLanes, job.stride_m, M,
+      transform_product<M>(m + m_offset(t1 - t0, vectors, t - t0, n), job.stride_m, M,
                            [&](int i, vec* y) __attribute__((always_inline)) {
                              PYWINO_UNROLL for (int j = 0; j < M; ++j)
                                  store(out + (i * M + j) * kLanes, y[j] + bias);
@@ -85,57 +87,83 @@ struct Epilogue {
   float *sums, *gates;
 };
 
-// Panel p of the product and of the output, for groups [g0, g1) of the chunk.
+// Panels [panel0, panel1) of the product, then of the output, for groups [g0, g1) of the chunk. Several panels: one position xi
+// after the other, so that V[xi] is read from near and not all of V again for each.
 template <int M, typename T, typename E>
 void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
-                 int64_t panel, const E* v, float* m, Prefetch<M, T>& ahead,
+                 int64_t panel0, int64_t panel1, const E* v, float* m, Prefetch<M, T>& inputs,
                  const Epilogue& epilogue) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
   const int64_t depth = Depth<E>::floats(job.geometry.input.c), K = job.geometry.out_channels,
-                channel = panel * kPanel;
-  const int vectors = K - channel > kLanes ? 2 : 1;
-  const Multiply* table = multiplies<E>(vectors);
-  const float* u = job.params.filter + channel * depth * A2;
+                channel = panel0 * kPanel;
+  const int all = int(min(channel_blocks(K - channel), (panel1 - panel0) * 2));  // vectors
   const int t0 = groups.start(g0), t1 = groups.start(g1 - 1) + groups.size(g1 - 1);
-  for (int xi = 0; xi < A2; ++xi, u += depth * vectors * kLanes)
-    for (int g = g0; g < g1; ++g) {
-      const int start = groups.start(g);
-      const E* block = v + xi * job.stride_v + start * job.lines * Depth<E>::kLine;
-      table[groups.size(g) - 1](depth, reinterpret_cast<const float*>(block), u,
-                                m + xi * job.stride_m + (start - t0) * vectors * kLanes,
-                                ahead.next());
+  const auto vectors = [&](int64_t panel) { return K - panel * kPanel > kLanes ? 2 : 1; };
+  const auto filter = [&](int xi, int64_t panel) {
+    return job.params.filter + (panel * kPanel * A2 + xi * vectors(panel) * kLanes) * depth;
+  };
+  for (int xi = 0; xi < A2; ++xi)
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      const Multiply* table = multiplies<E>(vectors(panel));
+      const float* u = filter(xi, panel);
+      Ahead next_filter = kNothing;
+      if (job.fetch_filter) {
+        const float* next = panel + 1 < panel1 ? filter(xi, panel + 1)
+                            : xi + 1 < A2      ? filter(xi + 1, panel0)
+                                               : filter(0, panel1 * kPanel < K ? panel1 : 0);
+        constexpr int kLines = 4 * kPanel * 4 / 64;  // of four channels
+        next_filter = {reinterpret_cast<const char*>(next), 64, 1, ceil_div(kLines, g1 - g0)};
+      }
+      for (int g = g0; g < g1; ++g) {
+        const int start = groups.start(g);
+        const E* block = v + xi * job.stride_v + start * job.lines * Depth<E>::kLine;
+        table[groups.size(g) - 1](
+            depth, reinterpret_cast<const float*>(block), u,
+            m + xi * job.stride_m + m_offset(t1 - t0, all, start - t0, int(panel - panel0) * 2),
+            job.fetch_filter ? next_filter : inputs.next());
+        next_filter.next += depth / 4 * next_filter.rate * next_filter.pitch;
+      }
     }
   if (epilogue.gates)
-    gate_stage<M>(job, t0, t1, channel, vectors, m, epilogue.gates);
+    gate_stage<M>(job, t0, t1, channel, all, m, epilogue.gates);
   else
-    output_stage<M>(job, first, t0, t1, channel, vectors, m, epilogue.sums);
+    output_stage<M>(job, first, t0, t1, channel, all, m, epilogue.sums);
 }
 
 // How the tiles are cut and who works on them.
 struct Plan {
-  int chunk;  // most tiles of a chunk
+  int chunk;   // most tiles of a chunk
+  int panels;  // of a product
   bool joint;
+  bool fetch_filter;
 };
 
 Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t element,
                bool lstm) {
-  const int64_t a2 = int64_t(g.tile + 2) * (g.tile + 2),
-                filter_bytes = a2 * g.input.c * g.out_channels * element;
-  const int64_t tile_bytes = a2 * (round_up<int64_t>(g.input.c, kLanes) * element +
-                                   min<int64_t>(kPanel, g.out_channels) * 4) +
-                             (lstm ? g.tile * g.tile * g.out_channels * 4 : 0);
-  const int64_t most = max<int64_t>(1, kScratchPerThread / tile_bytes);
-  Plan p;
+  const int64_t a2 = int64_t(g.tile + 2) * (g.tile + 2), K = g.out_channels,
+                filter_bytes = a2 * g.input.c * K * element,
+                v_bytes = a2 * round_up<int64_t>(g.input.c, kLanes) * element;  // of a tile
+  const auto m_bytes = [&](int panels) { return a2 * min<int64_t>(panels * kPanel, K) * 4; };
   // Each thread reads the whole filter once per chunk: with a filter beyond the second-level cache a chunk of four register
   // blocks instead of two halves that. Fewer tiles than that, and reading the filter is what counts.
   const bool large = filter_bytes > (int64_t(1) << 20) && !lstm;
-  p.chunk = int(min<int64_t>(most, (large ? 4 : 2) * rows));
-  p.joint = large && tiles < int64_t(threads) * 2 * rows;
+  const auto chunk = [&](int panels) {
+    const int64_t bytes = v_bytes + m_bytes(panels) + (lstm ? g.tile * g.tile * K * 4 : 0);
+    return int(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(large ? 4 : 2) * rows));
+  };
+  Plan p{chunk(1), 1, large && tiles < int64_t(threads) * 2 * rows, false};
+  p.fetch_filter = p.joint || (large && p.chunk * v_bytes > kNearBytes);
   if (p.joint) {
     // The threads share V, but each has an M of the whole chunk.
-    const int64_t m_bytes = a2 * min<int64_t>(kPanel, g.out_channels) * 4;
-    const int64_t shared = (tile_bytes - m_bytes) / threads + m_bytes;
+    const int64_t shared = v_bytes / threads + m_bytes(1);
     p.chunk = int(max<int64_t>(1, min<int64_t>(kScratchPerThread / shared, 8 * rows)));
+  } else if (p.fetch_filter) {
+    // As many panels at once as do not cost another pass over the filter: their M takes the place of tiles.
+    const auto passes = [&](int chunk) { return ceil_div(tiles, int64_t(chunk) * threads); };
+    for (int panels = 2; panels <= kMostPanels && passes(chunk(panels)) == passes(p.chunk);
+         ++panels)
+      p.panels = panels;
+    p.chunk = chunk(p.panels);
   }
   return p;
 }
@@ -146,6 +174,7 @@ struct Run {
   Job<T> job;
   Executor executor;
   int64_t panels;
+  int at_once;  // panels of a product
   int64_t chunks;
   int64_t next = 0;  // work that is not taken yet
   bool failed = false;
@@ -195,8 +224,9 @@ struct Run {
       const Epilogue epilogue{run.sums ? run.sums + chunk * K : nullptr, gates};
       if (epilogue.sums) __builtin_memset(epilogue.sums, 0, K * sizeof(float));
       input_stage<M>(job, begin, 0, tiles, groups, 0, job.blocks, v);
-      for (int64_t panel = 0; panel < run.panels; ++panel)
-        panel_stage<M>(job, begin, groups, 0, groups.count, panel, v, m, ahead, epilogue);
+      for (int64_t panel = 0; panel < run.panels; panel += run.at_once)
+        panel_stage<M>(job, begin, groups, 0, groups.count, panel,
+                       min(panel + run.at_once, run.panels), v, m, ahead, epilogue);
       if (gates) cell_stage<M>(job, begin, tiles, gates);
     }
   }
@@ -229,7 +259,8 @@ struct Run {
     for (int64_t task = run.take(); task < run.panels * splits; task = run.take()) {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
-      panel_stage<M>(run.job, run.first, groups, g0, g1, task / splits, run.shared_v, m, nothing,
+      const int64_t panel = task / splits;
+      panel_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, run.shared_v, m, nothing,
                      Epilogue{});
     }
   }
@@ -288,8 +319,9 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
     chunks = min<int64_t>(job.grid.tiles, round_up<int64_t>(chunks, executor.threads));
   const int64_t chunk = ceil_div(job.grid.tiles, chunks);
   job.stride_v = padded_stride<E>(chunk * job.lines * Depth<E>::kLine);
-  job.stride_m =
-      padded_stride(chunk * min<int64_t>(kPanel, round_up<int64_t>(g.out_channels, kLanes)));
+  job.stride_m = padded_stride(
+      chunk * min<int64_t>(plan.panels * kPanel, round_up<int64_t>(g.out_channels, kLanes)));
+  job.fetch_filter = plan.fetch_filter;
   // Each of the two states has a quarter of the gates' channels.
   const int64_t channels = params.lstm ? g.out_channels / 4 : g.out_channels;
   const int64_t output_bytes = g.input.n * channels * job.out_h * job.out_w * int64_t(sizeof(T));
@@ -301,7 +333,7 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
                (params.lstm ? aligned(params.lstm->hidden) && aligned(params.lstm->next_cell)
                             : aligned(params.output)) &&
                (g.channels_last ? channels : job.out_h * job.out_w) % kLanes == 0;
-  Run<M, T, E> run{job, executor, panels, chunks};
+  Run<M, T, E> run{job, executor, panels, plan.panels, chunks};
   run.prefetch =
       g.input.n * g.input.c * g.input.h * g.input.w * int64_t(sizeof(T)) > kPrefetchBytes;
   run.v_bytes = A2 * job.stride_v * int64_t(sizeof(E));

@@ -14,6 +14,9 @@ namespace {
 
 // An output of more is written past the caches, an input of more is prefetched: a smaller one is in the second-level cache.
 constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) << 20;
+// A V of more is not in the second-level cache any more when the next panel reads it again.
+constexpr int64_t kNearBytes = int64_t(3) << 19;
+constexpr int kMostPanels = 4;
 
 int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
 
@@ -25,10 +28,11 @@ struct Job {
   Source<T> sources[2];  // the second's channels come behind the first's; mostly it has none
   Grid grid;
   int64_t out_h, out_w, stride_v, stride_m;
-  int64_t blocks;  // vectors of input channels
-  int64_t lines;   // of a tile's channels in V
-  int rows;        // most tiles of a register block
-  bool stream;     // write the output past the caches
+  int64_t blocks;             // vectors of input channels
+  int64_t lines;              // of a tile's channels in V
+  int rows;                   // most tiles of a register block
+  bool stream;                // write the output past the caches
+  bool fetch_filter = false;  // while it is used: it does not stay in the second-level cache
 
   PYWINO_INLINE Piece piece(int64_t q, int64_t most) const {
     return geometry.channels_last ? grid.piece(q, most) : grid.strip_piece(q, most);
@@ -297,6 +301,12 @@ void store_outputs(const Job<T>& job, int64_t first, int t0, int t1, int64_t cha
   }
 }
 
+// Where M of a tile and a vector of channels lies, of so many tiles and vectors: [panel][tile][vector of the panel].
+PYWINO_INLINE int64_t m_offset(int tiles, int vectors, int tile, int n) {
+  const int in_panel = n % 2, before = n - in_panel;
+  return (before * tiles + tile * min(2, vectors - before) + in_panel) * kLanes;
+}
+
 // The same from their products; m is that of tile t0.
 template <int M, typename T>
 void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
@@ -304,7 +314,8 @@ void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t chan
   store_outputs<M>(
       job, first, t0, t1, channel, vectors,
       [&](int tile, int n, int rows, const auto& store_row) __attribute__((always_inline)) {
-        transform_product<M>(m + (tile * vectors + n) * kLanes, job.stride_m, rows, store_row);
+        transform_product<M>(m + m_offset(t1 - t0, vectors, tile, n), job.stride_m, rows,
+                             store_row);
       },
       sums);
 }
