@@ -14,9 +14,12 @@
 //
 // Lanes that are columns are not neighbours: lane l of vector q is column l Q + q of Q vectors (Henretty et al., CC 2011). Then
 // x + 1 is the next vector, and no load crosses a cache line. Vectors Q, Q + 1, ... are the columns that the kernel reaches over.
+// Where rows are short, lanes are columns of several images: S segments of each, lane l column (l mod S) Q + q of image l / S.
 #include "../common/scratch.h"
 #include "../common/simd.h"
 #include "sparse_conv.h"
+
+#include <type_traits>
 
 namespace pywino::sparse_conv {
 namespace {
@@ -197,7 +200,23 @@ Geometry flattened(Geometry g) {
   return g;
 }
 
-template <typename T>
+// How many images' columns fill the lanes best: a row of 7 columns alone fills less than half of 16.
+int64_t images_of_vector(const Geometry& g) {
+  const int64_t columns = g.out_w();
+  int64_t best = 1;
+  double most = 0;
+  for (int64_t images = 1; images <= min<int64_t>(kLanes, g.n) && columns <= kMostColumns;
+       images *= 2) {
+    const int64_t lanes = round_up(columns, kLanes / images) * round_up(g.n, images);
+    // Several images share the caches, so a small gain is none.
+    if (const double part = double(columns * g.n) / double(lanes); part > 1.1 * most)
+      best = images, most = part;
+  }
+  return best;
+}
+
+// One: the lanes are of one image. It is common, and constants make it faster.
+template <typename T, bool One>
 struct Run {
   const ForwardParams& params;
   const Geometry g;
@@ -207,6 +226,7 @@ struct Run {
   int64_t out_h, out_w;
   bool by_channel;                                  // lanes of M are channels
   bool stream;                                      // write the output past the caches
+  int64_t images, segments;                         // of a vector: images * segments = lanes
   int64_t tile_h, tile_w, tiles_h, tiles_w, parts;  // parts of the output channels
   int64_t phases, lane_step, vector_step;           // columns from lane to lane, vector to vector
   int64_t vectors;                // of a row and phase of P, those that the kernel reaches over too
@@ -229,6 +249,8 @@ struct Run {
              reinterpret_cast<uintptr_t>(params.output) % (4 * kLanes) == 0 &&
              g.n * filter.K * out_h * out_w * int64_t(sizeof(T)) > kStreamBytes;
     phases = g.kernel_w == 1 ? 1 : g.stride_w;
+    images = One ? 1 : images_of_vector(g);
+    segments = kLanes / images;
     const int64_t most = out_h == 1 ? kMostRows * kMostColumns : kMostColumns;
     tile_w = ceil_div(out_w, ceil_div(out_w, most));
     tile_h = min(out_h, kMostRows);
@@ -236,7 +258,7 @@ struct Run {
     // Smaller tiles where the planes would leave the cache, or threads would wait for work.
     const auto halve = [&] {
       return g.c * plane * 4 > kPlanesBytes ||
-             g.n * ceil_div(out_h, tile_h) * ceil_div(out_w, tile_w) < 2 * threads;
+             groups() * ceil_div(out_h, tile_h) * ceil_div(out_w, tile_w) < 2 * threads;
     };
     while (tile_h > 1 && halve()) {
       tile_h = ceil_div<int64_t>(tile_h, 2);
@@ -252,17 +274,19 @@ struct Run {
     }
     tiles_h = ceil_div(out_h, tile_h);
     tiles_w = ceil_div(out_w, tile_w);
-    const int64_t tiles = g.n * tiles_h * tiles_w;
+    const int64_t tiles = groups() * tiles_h * tiles_w;
     parts = tiles >= 2 * threads ? 1
                                  : min(ceil_div(filter.K, grain()),
                                        ceil_div<int64_t>(2 * threads, max<int64_t>(tiles, 1)));
-    m_row = by_channel ? tile_w * kLanes : round_up<int64_t>(tile_w, kLanes);
+    m_row = (by_channel ? tile_w : own_vectors()) * kLanes;
   }
 
+  int64_t groups() const { return ceil_div(g.n, images); }
+  int64_t own_vectors() const { return ceil_div(tile_w, segments); }
+
   void set_planes() {
-    const int64_t reach = (g.kernel_w - 1) * g.dil_w / g.stride_w,
-                  own = ceil_div<int64_t>(tile_w, kLanes);
-    const bool apart = !by_channel && reach > 0;
+    const int64_t reach = (g.kernel_w - 1) * g.dil_w / g.stride_w, own = own_vectors();
+    const bool apart = !by_channel && (reach > 0 || !One);
     lane_step = apart ? own : 1;
     vector_step = apart ? 1 : kLanes;
     vectors = apart ? own + reach : ceil_div<int64_t>(tile_w + reach, kLanes);
@@ -298,8 +322,19 @@ struct Run {
     return min(filter.K, k);
   }
 
+  // Of a lane: its column, counted in lane steps, and its image.
+  PYWINO_INLINE int64_t segment(int lane) const { return One ? lane : lane & int(segments - 1); }
+  PYWINO_INLINE int64_t image_of(int lane) const {
+    return One ? 0 : lane >> __builtin_ctz(unsigned(segments));
+  }
+  // Lanes of the group of images that begins with `image`: the last may have fewer.
+  PYWINO_INLINE int lanes_of(int64_t image) const {
+    return One ? kLanes : int(min(images, g.n - image) * segments);
+  }
+
   // --- load ---
   void load_planes(int64_t image, int64_t y0, int64_t x0, int64_t rows, float* planes) const {
+    const int all = lanes_of(image);
     const int64_t top = y0 * g.stride_h - g.pad_h, left = x0 * g.stride_w - g.pad_w;
     const int64_t input_rows = (rows - 1) * g.stride_h + (g.kernel_h - 1) * g.dil_h + 1;
     const T* in = static_cast<const T*>(params.input) + image * g.c * g.h * g.w;
@@ -311,10 +346,10 @@ struct Run {
           for (int64_t c = 0; c < g.c; ++c)
             __builtin_memset(to + c * plane, 0, columns * sizeof(float));
         } else if (g.channels_last) {
-          load_pixels(in + y * g.w * g.c, left + phase, to);
+          load_pixels(in + y * g.w * g.c, all, left + phase, to);
         } else {
           for (int64_t c = 0; c < g.c; ++c)
-            load_row(in + (c * g.h + y) * g.w, left + phase, to + c * plane);
+            load_row(in + (c * g.h + y) * g.w, all, left + phase, to + c * plane);
         }
       }
     }
@@ -328,43 +363,58 @@ struct Run {
     return lo < hi ? load_part(in + x, lo, hi) : zero();
   }
 
-  // Every stride-th number of a row, from column x on, zero outside.
-  void load_row(const T* in, int64_t x, float* to) const {
+  // Every stride-th number of a row, from column x on, zero outside; of each image that lanes [0, all) are of.
+  void load_row(const T* in, int all, int64_t x, float* to) const {
+    const int64_t image = g.c * g.h * g.w;
     if (g.stride_w == 1 && vector_step == kLanes) {
       for (int64_t q = 0; q < columns; q += kLanes) store(to + q, load_columns(in, x + q));
     } else if (g.stride_w == 1) {
       for (int64_t q = 0; q < vectors; q += kLanes) {
         vec r[kLanes];
-        for (int l = 0; l < kLanes; ++l) r[l] = load_columns(in, x + l * lane_step + q);
+        for (int l = 0; l < kLanes; ++l)
+          r[l] = One || l < all
+                     ? load_columns(in + image_of(l) * image, x + segment(l) * lane_step + q)
+                     : zero();
         transpose(r);
         for (int i = 0; i < min<int64_t>(kLanes, vectors - q); ++i)
           store(to + (q + i) * kLanes, r[i]);
       }
     } else {
-      for (int64_t q = 0; q < vectors; ++q)
-        for (int l = 0; l < kLanes; ++l) {
-          const int64_t at = x + (q * vector_step + l * lane_step) * g.stride_w;
-          to[q * kLanes + l] = at >= 0 && at < g.w ? get(in + at) : 0.f;
+      const int64_t step = lane_step * g.stride_w;
+      for (int64_t q = 0; q < vectors; ++q, to += kLanes) {
+        const int64_t first = x + q * vector_step * g.stride_w;
+        if (first >= 0 && first + (segments - 1) * step < g.w && all == kLanes) {
+          for (int l = 0; l < kLanes; ++l)
+            to[l] = get(in + image_of(l) * image + first + segment(l) * step);
+        } else {
+          for (int l = 0; l < kLanes; ++l) {
+            const int64_t at = first + segment(l) * step;
+            to[l] = at >= 0 && at < g.w && l < all ? get(in + image_of(l) * image + at) : 0.f;
+          }
         }
+      }
     }
   }
 
   // The same for all channels of a row of pixels.
-  void load_pixels(const T* in, int64_t x0, float* to) const {
-    const int64_t step = lane_step * g.stride_w;
+  void load_pixels(const T* in, int all, int64_t x0, float* to) const {
+    const int64_t step = lane_step * g.stride_w, image = g.h * g.w;
     for (int64_t q = 0; q < vectors; ++q) {
       const int64_t first = x0 + q * vector_step * g.stride_w;
-      const bool inside = first >= 0 && first + (kLanes - 1) * step < g.w;
+      const bool inside = first >= 0 && first + (segments - 1) * step < g.w && all == kLanes;
       for (int64_t c = 0; c < g.c; c += kLanes) {
         const int lanes = int(min<int64_t>(kLanes, g.c - c));
         vec r[kLanes];
         if (inside && lanes == kLanes) {
           const T* from = in + first * g.c + c;
-          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = load(from + i * step * g.c);
+          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) r[i] =
+              load(from + (image_of(i) * image + segment(i) * step) * g.c);
         } else {
           for (int i = 0; i < kLanes; ++i) {
-            const int64_t x = first + i * step;
-            r[i] = x >= 0 && x < g.w ? load_part(in + x * g.c + c, 0, lanes) : zero();
+            const int64_t x = first + segment(i) * step;
+            r[i] = x >= 0 && x < g.w && (One || i < all)
+                       ? load_part(in + (image_of(i) * image + x) * g.c + c, 0, lanes)
+                       : zero();
           }
         }
         transpose(r);
@@ -380,7 +430,7 @@ struct Run {
   // --- product ---
   void lists(int64_t k0, int64_t k1, int64_t rows, int64_t width, const float* planes,
              float* m) const {
-    const int own = int(lane_step == 1 ? ceil_div<int64_t>(width, kLanes) : m_row / kLanes),
+    const int own = int(vector_step == 1 ? m_row / kLanes : ceil_div<int64_t>(width, kLanes)),
               most = kVectors / min(own, kVectors);
     const int64_t step = g.stride_h * pitch, channel = rows * m_row;
     for (int64_t b = 0; b < filter.channel_blocks; ++b) {
@@ -420,6 +470,7 @@ struct Run {
   void store_tile(int64_t image, int64_t y0, int64_t x0, int64_t k0, int64_t k1, int64_t rows,
                   int64_t width, const float* m) const {
     T* out = static_cast<T*>(params.output) + image * filter.K * out_h * out_w;
+    const int all = lanes_of(image);
     for (int64_t k = k0; k < k1; k += kLanes) {
       const int lanes = int(min<int64_t>(kLanes, k1 - k));
       const vec bias = params.bias ? load_part(params.bias + k, 0, lanes) : zero();
@@ -429,8 +480,8 @@ struct Run {
           store_channels(m + ((k - k0) / kLanes * rows + row) * m_row, width, k, lanes, bias, out,
                          pixel);
         else
-          store_columns(m + ((k - k0) * rows + row) * m_row, rows * m_row, width, k, lanes, bias,
-                        out, pixel);
+          store_columns(m + ((k - k0) * rows + row) * m_row, rows * m_row, all, width, k, lanes,
+                        bias, out, pixel);
       }
     }
   }
@@ -453,25 +504,25 @@ struct Run {
     }
   }
 
-  // The same, lanes = columns; the next channel is `pitch` floats on.
-  void store_columns(const float* m, int64_t pitch, int64_t width, int64_t k, int lanes, vec bias,
-                     T* out, int64_t pixel) const {
-    const int64_t own = m_row / kLanes;
+  // The same, lanes = columns, of which `all` are; the next channel is `pitch` floats on.
+  void store_columns(const float* m, int64_t pitch, int all, int64_t width, int64_t k, int lanes,
+                     vec bias, T* out, int64_t pixel) const {
+    const int64_t own = m_row / kLanes, image = out_h * out_w;
     vec r[kLanes];
     if (g.channels_last) {
       for (int64_t q = 0; q < own; ++q) {
         for (int i = 0; i < kLanes; ++i)
           r[i] = i < lanes ? load(m + i * pitch + q * kLanes) : zero();
         transpose(r);
-        for (int i = 0; i < kLanes; ++i)
-          if (const int64_t x = q * vector_step + i * lane_step; x < width)
-            store_pixel(out, pixel + x, k, lanes, r[i] + bias);
+        for (int i = 0; i < (One ? kLanes : all); ++i)
+          if (const int64_t x = q * vector_step + segment(i) * lane_step; x < width)
+            store_pixel(out, image_of(i) * image + pixel + x, k, lanes, r[i] + bias);
       }
       return;
     }
     for (int i = 0; i < lanes; ++i, m += pitch) {
-      T* to = out + (k + i) * out_h * out_w + pixel;
-      if (lane_step == 1) {
+      T* to = out + (k + i) * image + pixel;
+      if (One && lane_step == 1) {
         for (int64_t x = 0; x < width; x += kLanes)
           store_part(to + x, load(m + x) + bias[i], 0, int(min<int64_t>(kLanes, width - x)));
         continue;
@@ -481,9 +532,10 @@ struct Run {
         for (int n = 0; n < kLanes; ++n)
           r[n] = n < count ? load(m + (q + n) * kLanes) + bias[i] : zero();
         transpose(r);
-        for (int l = 0; l < kLanes; ++l)
-          if (const int64_t x = l * lane_step + q; x < width)
-            store_part(to + x, r[l], 0, int(min(count, width - x)));
+        for (int l = 0; l < (One ? kLanes : all); ++l)
+          if (const int64_t x = segment(l) * lane_step + q; x < width)
+            store_part(to + image_of(l) * filter.K * image + x, r[l], 0,
+                       int(min(count, width - x)));
       }
     }
   }
@@ -506,10 +558,10 @@ struct Run {
       run.failed = true;
       return;
     }
-    const int64_t tiles = run.g.n * run.tiles_h * run.tiles_w;
+    const int64_t tiles = run.groups() * run.tiles_h * run.tiles_w;
     for (int64_t task = take(&run.next); task < tiles * run.parts; task = take(&run.next)) {
       const int64_t tile = task / run.parts, part = task % run.parts;
-      const int64_t image = tile / (run.tiles_h * run.tiles_w);
+      const int64_t image = tile / (run.tiles_h * run.tiles_w) * run.images;
       const int64_t y0 = tile / run.tiles_w % run.tiles_h * run.tile_h,
                     x0 = tile % run.tiles_w * run.tile_w;
       const int64_t rows = min(run.tile_h, run.out_h - y0), width = min(run.tile_w, run.out_w - x0);
@@ -552,7 +604,13 @@ Status run_forward(const ForwardParams& params, const Executor& executor) {
   const Filter filter(params.filter, Pattern(header.pattern), header.out_channels,
                       header.in_channels, header.kernel_h * header.kernel_w);
   return with_dtype(params.geometry.dtype, [&](auto element) {
-    return Run<decltype(element)>(params, filter, header.entries, executor.threads)(executor);
+    const auto run = [&](auto one) {
+      return Run<decltype(element), one()>(params, filter, header.entries,
+                                           executor.threads)(executor);
+    };
+    const bool one =
+        filter.pattern == Pattern::blocks || images_of_vector(flattened(params.geometry)) == 1;
+    return one ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 
