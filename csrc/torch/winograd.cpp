@@ -112,6 +112,7 @@ struct Extras {
   std::optional<Tensor> output;  // to be written; else a new one is
   const float* gate = nullptr;   // ForwardParams::gate and ::mean
   float* mean = nullptr;
+  const winograd::FilterParams* weight = nullptr;  // ForwardParams::weight: there is no filter
 };
 
 bool has_size(const Tensor& t, const std::array<int64_t, 4>& size) {
@@ -142,9 +143,14 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
   winograd::ForwardParams p;
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
-  const bool sparse = filter.scalar_type() == ScalarType::Int;
-  const int32_t* words = sparse ? static_cast<const int32_t*>(filter.const_data_ptr()) : nullptr;
-  check_filter(filter, out_channels, g.input.c, g.tile, fast, op);
+  if (!extras.weight) {
+    check_fast(fast, filter.numel(), op);
+    check_filter(filter, out_channels, g.input.c, g.tile, fast, op);
+    if (filter.scalar_type() == ScalarType::Int)
+      p.sparse_filter = static_cast<const int32_t*>(filter.const_data_ptr());
+    else
+      p.filter = static_cast<const float*>(filter.const_data_ptr());
+  }
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels), op,
                   ": bias must be ", out_channels, " numbers");
   const std::optional<Tensor> bias32 = bias ? std::optional(to_float(*bias)) : std::nullopt;
@@ -165,8 +171,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
                       op, ": residual must have the output's size and strides");
   }
   p.input = input.const_data_ptr();
-  p.filter = sparse ? nullptr : static_cast<const float*>(filter.const_data_ptr());
-  p.sparse_filter = words;
+  p.weight = extras.weight;
   p.bias = bias ? static_cast<const float*>(bias32->const_data_ptr()) : nullptr;
   p.residual = residual ? residual->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
@@ -175,7 +180,6 @@ Tensor forward(const Tensor& input, const Tensor& filter, const std::optional<Te
   p.fast = fast;
   p.gate = extras.gate;
   p.mean = extras.mean;
-  check_fast(fast, filter.numel(), op);
   check_status(winograd::forward(p, torch_threads()), op);
   return output;
 }
@@ -188,6 +192,25 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
                         bool winograd_relu, bool fast) {
   return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu,
                  winograd_relu, fast, {}, "pywino::_winograd_forward");
+}
+
+// The same with a filter that is used once.
+Tensor winograd_convolve(const Tensor& input, const Tensor& weight,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                         int64_t tile, torch::headeronly::IntHeaderOnlyArrayRef padding,
+                         torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu, bool rotate,
+                         bool fast) {
+  constexpr const char* op = "pywino::_winograd_convolve";
+  const winograd::FilterParams p = filter_params(weight, tile, rotate, true, fast, op);
+  const int64_t out_channels = rotate ? p.in_channels : p.out_channels;
+  const winograd::Geometry g = geometry_of(input, out_channels, tile, padding, dilation, op);
+  STD_TORCH_CHECK(p.dtype == g.dtype && g.input.c == (rotate ? p.out_channels : p.in_channels), op,
+                  ": weight must have input's dtype and channels");
+  Extras extras;
+  if (winograd::takes_weight(g, fast, torch_threads().threads)) extras.weight = &p;
+  const Tensor filter = extras.weight ? input : make_filter(weight, tile, rotate, true, fast, op);
+  return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu, false,
+                 fast, extras, op);
 }
 
 // The same of one image, and the means of the output's channels, which take no pass of their own. With a gate the input is
@@ -208,7 +231,7 @@ std::tuple<Tensor, Tensor> forward_mean(const std::optional<Tensor>& output, con
                   op, ": gate must be a number for each channel, of an input in float32");
   Tensor mean = empty_cpu({1, out_channels}, ScalarType::Float, false);
   const Extras extras{output, gate ? static_cast<const float*>(gate->const_data_ptr()) : nullptr,
-                      static_cast<float*>(mean.mutable_data_ptr())};
+                      static_cast<float*>(mean.mutable_data_ptr()), nullptr};
   return {forward(input, filter, bias, std::nullopt, out_channels, tile, padding, dilation, false,
                   false, fast, extras, op),
           mean};
@@ -374,6 +397,7 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_winograd_pack", TORCH_BOX(&pywino::winograd_pack));
   m.impl("_winograd_sparse_pack", TORCH_BOX(&pywino::winograd_sparse_pack));
   m.impl("_winograd_forward", TORCH_BOX(&pywino::winograd_forward));
+  m.impl("_winograd_convolve", TORCH_BOX(&pywino::winograd_convolve));
   m.impl("_winograd_forward_mean", TORCH_BOX(&pywino::winograd_forward_mean));
   m.impl("_winograd_forward_mean_out", TORCH_BOX(&pywino::winograd_forward_mean_out));
   m.impl("_winograd_conv_lstm", TORCH_BOX(&pywino::winograd_conv_lstm));

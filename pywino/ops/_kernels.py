@@ -15,6 +15,19 @@ _ops = torch.ops.pywino
 _chosen = planner.memo()
 
 
+def _as_read(input, bias, residual):
+    """Dense tensors as the kernels read them."""
+    channels_last = backends.is_channels_last(input)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    if not channels_last:
+        input = input.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    if residual is not None:
+        residual = residual.to(input.dtype).contiguous(memory_format=format)
+    return input, bias, residual
+
+
 class Kernel(NamedTuple):
     """What runs a call; filters of equal kernels are alike, as long as the CPU's instruction set
     stays."""
@@ -42,14 +55,7 @@ class Kernel(NamedTuple):
     def forward(self, input, filter, bias, residual, out_channels, padding, dilation, relu):
         """act(conv + bias + residual) of tensors as they come: strides, bias and residual are made
         what the kernels read. channels_last iff `input` is."""
-        channels_last = backends.is_channels_last(input)
-        format = torch.channels_last if channels_last else torch.contiguous_format
-        if not channels_last:
-            input = input.contiguous()
-        if bias is not None:
-            bias = bias.float().contiguous()
-        if residual is not None:
-            residual = residual.to(input.dtype).contiguous(memory_format=format)
+        input, bias, residual = _as_read(input, bias, residual)
         arguments = (input, filter, bias, residual, out_channels, self.tile, padding, dilation)
         if self.backend == "cpu":
             return _ops._winograd_forward.default(*arguments, relu, self.winograd_relu, self.mode)
@@ -58,6 +64,18 @@ class Kernel(NamedTuple):
         u, scale = filter
         arguments = (input, u, scale, *arguments[2:])
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
+
+    def convolve(self, input, weight, bias, residual, padding, dilation, relu, rotate=False):
+        """`forward` with a filter that is made for this call, of a spatial weight. `rotate`: the
+        input gradient, where `input` is the output's."""
+        if self.backend != "cpu":
+            filter = self.filter(weight, rotate)
+            k = weight.shape[1 if rotate else 0]
+            return self.forward(input, filter, bias, residual, k, padding, dilation, relu)
+        input, bias, residual = _as_read(input, bias, residual)
+        return _ops._winograd_convolve.default(
+            input, weight, bias, residual, self.tile, padding, dilation, relu, rotate, self.mode
+        )
 
     def gives_mean(self, input):
         """Whether `forward_mean` takes this input."""

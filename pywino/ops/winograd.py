@@ -152,8 +152,7 @@ def _checked_forward(
     )
     relu = activation == "relu"
     if kernel:
-        filter = kernel.filter(weight)
-        return kernel.forward(input, filter, bias, residual, k, padding, dilation, relu)
+        return kernel.convolve(input, weight, bias, residual, padding, dilation, relu)
     return aten_forward(input, weight, bias, residual, padding, dilation, relu)
 
 
@@ -184,9 +183,8 @@ def _backward_input(grad, weight, padding, dilation, algorithm, backend, precisi
     n, _, h, w = size = _input_size(grad, c, padding, dilation)
     kernel = _choose(op, grad, n, c, h, w, k, padding, dilation, algorithm, backend, precision)
     if kernel:
-        filter = kernel.filter(weight, rotate=True)
         full = [2 * d - p for p, d in zip(padding, dilation)]
-        return kernel.forward(grad, filter, None, None, c, full, dilation, False)
+        return kernel.convolve(grad, weight, None, None, full, dilation, False, rotate=True)
     grad = _dense(grad)
     input = grad.new_empty(1).expand(size)  # only its size is read
     gradient = torch.ops.aten.convolution_backward(
@@ -613,6 +611,13 @@ def _native_forward_mean_fake(
     return output, input.new_empty(output.shape[:2], dtype=torch.float32)
 
 
+def _native_convolve_fake(
+    input, weight, bias, residual, tile, padding, dilation, relu, rotate, fast
+):
+    k = weight.shape[1 if rotate else 0]
+    return _empty(output_size(input, k, padding, dilation), input)
+
+
 def _native_conv_lstm_fake(input, hidden, cell, filter, bias, channels, tile, fast):
     size = (input.shape[0], channels, *input.shape[2:])
     return _empty(size, input), _empty(size, input)
@@ -643,6 +648,12 @@ define(
     f"int out_channels, int tile, {_GEOMETRY}, bool relu, bool winograd_relu, bool fast) -> Tensor",
     None,
     _native_forward_fake,
+)
+define(
+    "_winograd_convolve(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
+    f"int tile, {_GEOMETRY}, bool relu, bool rotate, bool fast) -> Tensor",
+    None,
+    _native_convolve_fake,
 )
 define(
     "_winograd_forward_mean(Tensor input, Tensor? gate, Tensor filter, Tensor? bias, "
@@ -701,13 +712,10 @@ def _run_forward(call):
         if name is None:
             return lambda: torch.conv2d(input, weight, None, 1, *geometry)
         kernel = kernel_of(planner.kernel_plan(name), call)
-        kept = kernel.filter(weight) if call.cached else None
-
-        def once():
-            filter = kernel.filter(weight) if kept is None else kept
-            return kernel.forward(input, filter, None, None, k, *geometry, False)
-
-        return once
+        if not call.cached:
+            return lambda: kernel.convolve(input, weight, None, None, *geometry, False)
+        filter = kernel.filter(weight)
+        return lambda: kernel.forward(input, filter, None, None, k, *geometry, False)
 
     return run
 

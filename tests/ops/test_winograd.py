@@ -254,6 +254,37 @@ def test_several_panels_at_once(isa, tile, k):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+def test_a_filter_that_is_used_once(isa, tile, rotate, dtype):
+    """Few tiles and many channels: threads transform the filter panel by panel. Whoever makes it,
+    from whatever strides, the result is the same."""
+    c, k, where = 261, 275, ((1, 0), (1, 1))
+    x = torch.randn(1, c, 7, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(k, c, 3, 3) / 48).to(dtype)
+    weight = weight.transpose(0, 1).contiguous() if rotate else weight
+    layouts = [weight, weight.contiguous(memory_format=torch.channels_last)]
+    layouts += [weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)]
+    layouts += [torch.cat([weight, weight], 3)[..., :3]]
+    bias = torch.randn(k)
+    fast = isa == "avx512bf16" and tile == 4
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            filter = ops._winograd_filter(weight, tile, rotate, fast)
+            expected = ops._winograd_forward(
+                x, filter, bias, None, k, tile, *where, True, False, fast
+            )
+            for layout in layouts:
+                arguments = (x, layout, bias, None, tile, *where, True, rotate, fast)
+                assert torch.equal(ops._winograd_convolve(*arguments), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tile", TILES)
 def test_forward_of_16_bit_floats_is_no_less_accurate(isa, tile, dtype):

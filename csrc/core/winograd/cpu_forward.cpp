@@ -30,6 +30,181 @@
 namespace pywino::winograd {
 namespace {
 
+// --- filter transform ----------------------------------------------------------------------------------------------------------
+int64_t packed_size(int64_t out_channels, int64_t in_channels, int tile, bool fast) {
+#if defined(__AVX512BF16__)
+  const int64_t depth = fast ? Depth<bf16_operand>::floats(in_channels) : in_channels;
+#else
+  if (fast) return 0;
+  const int64_t depth = in_channels;
+#endif
+  return int64_t(tile + 2) * (tile + 2) * depth * round_up<int64_t>(out_channels, kLanes);
+}
+
+// One vector of kernels at a time, in double (two halves): U is made once and every product inherits its error.
+constexpr int kHalf = kLanes / 2;
+typedef double dvec __attribute__((vector_size(kHalf * 8)));
+typedef float half_vec __attribute__((vector_size(kHalf * 4)));
+
+template <int M, typename T>
+struct FilterRun {
+  static constexpr int A = Transform<M>::A;
+  static constexpr int kKernelsPerTask = 16;
+  const FilterParams& p;
+  int64_t K, C, stride_k, stride_c;
+  int64_t next = 0;
+
+  explicit FilterRun(const FilterParams& params)
+      : p(params),
+        K(p.rotate ? p.in_channels : p.out_channels),
+        C(p.rotate ? p.out_channels : p.in_channels),
+        stride_k(p.rotate ? p.stride_c : p.stride_k),
+        stride_c(p.rotate ? p.stride_k : p.stride_c) {}
+
+  static void body(void* arg) {
+    FilterRun& run = *static_cast<FilterRun*>(arg);
+    const int64_t vectors = channel_blocks(run.K),
+                  parts = ceil_div<int64_t>(run.C, kKernelsPerTask), tasks = vectors * parts;
+    for (int64_t task = run.take(); task < tasks; task = run.take()) {
+      const int64_t c0 = task % parts * kKernelsPerTask;
+      float* panel = run.p.packed + task / parts / 2 * run.panel_floats();
+      run.kernels(task / parts, c0, min(c0 + kKernelsPerTask, run.C), panel,
+                  run.depth() * run.width(task / parts));
+    }
+  }
+
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
+  int64_t depth() const {
+#if defined(__AVX512BF16__)
+    if (p.fast) return Depth<bf16_operand>::floats(C);
+#endif
+    return C;
+  }
+  int64_t panel_floats() const { return depth() * A * A * kPanel; }
+
+  // Of the panel of a vector.
+  int width(int64_t vector) const { return K - vector / 2 * kPanel > kLanes ? kPanel : kLanes; }
+
+  // A whole panel whose positions lie `pitch` floats apart, for a thread that uses it at once.
+  void panel(int64_t number, float* to, int64_t pitch) const {
+    for (int64_t vector = 2 * number; vector < min(2 * number + 2, channel_blocks(K)); ++vector)
+      kernels(vector, 0, C, to, pitch);
+  }
+
+  // Kernels (k, c) of the k of one vector, into its panel.
+  void kernels(int64_t vector, int64_t c0, int64_t c1, float* panel, int64_t pitch) const {
+    const int size = p.spatial ? 3 : A;
+    const int lanes = int(min<int64_t>(kLanes, K - vector * kLanes));
+    const bool turn = p.rotate && p.spatial;
+    const T* kernel = static_cast<const T*>(p.weight) + vector * kLanes * stride_k;
+    const auto at = [&](int i, int j) {
+      return (turn ? 2 - i : i) * p.stride_h + (turn ? 2 - j : j) * p.stride_w;
+    };
+    // Where a vector of one k's weights holds several c: [c][tap][k], of as many c as there are lanes. What is read at once
+    // does not wait for the stores of what was transformed before.
+    const bool by_tap = stride_c == 1,
+               by_kernel = stride_c == 9 && p.stride_h == 3 && p.stride_w == 1,
+               together = p.spatial && lanes == kLanes && stride_k != 1 && (by_tap || by_kernel);
+    alignas(64) float g[A * A][kLanes], block[kLanes * 9][kLanes];
+    for (int64_t c = c0; c < c1; ++c) {
+      const T* from = kernel + c * stride_c;
+      if (together) {
+        const int in_block = int(c - c0) % kLanes * 9;
+        if (in_block == 0) {
+          const int count = int(min<int64_t>(kLanes, c1 - c));
+          for (int e = 0; e < 9; ++e) {
+            const int64_t offset = by_tap ? e / 3 * p.stride_h + e % 3 * p.stride_w : e * kLanes;
+            const int most = by_tap ? count : min(kLanes, max(0, 9 * count - e * kLanes));
+            vec r[kLanes];
+            PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
+                load_part(from + lane * stride_k + offset, 0, most);
+            transpose(r);
+            PYWINO_UNROLL for (int n = 0; n < kLanes; ++n)
+                store(block[by_tap ? n * 9 + e : e * kLanes + n], r[n]);
+          }
+        }
+        for (int e = 0; e < 9; ++e) store(g[e], load(block[in_block + (turn ? 8 - e : e)]));
+      } else if (stride_k == 1 && lanes == kLanes) {
+        for (int i = 0; i < size; ++i)
+          for (int j = 0; j < size; ++j) store(g[i * size + j], load(from + at(i, j)));
+      } else if (p.stride_w == 1 && p.stride_h == size && lanes == kLanes) {
+        const int entries = size * size;
+        for (int e = 0; e < entries; e += kLanes) {
+          vec r[kLanes];
+          const int count = min(kLanes, entries - e);
+          PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
+              load_part(from + lane * stride_k + e, 0, count);
+          transpose(r);
+          for (int i = 0; i < count; ++i) store(g[turn ? entries - 1 - e - i : e + i], r[i]);
+        }
+      } else {
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int i = 0; i < size; ++i)
+            for (int j = 0; j < size; ++j)
+              g[i * size + j][lane] = lane < lanes ? get(from + lane * stride_k + at(i, j)) : 0.f;
+      }
+      if (p.spatial) transform(g);
+      write(g, vector, c, panel, pitch);
+    }
+  }
+
+  // U of one c, into its panel.
+  void write(const float (*g)[kLanes], int64_t vector, int64_t c, float* panel,
+             int64_t pitch) const {
+    const int64_t first = vector % 2 * kLanes, width = this->width(vector);
+#if defined(__AVX512BF16__)
+    if (p.fast) {
+      for (int xi = 0; xi < A * A; ++xi) {
+        bf16_operand row[kLanes];
+        store(row, load(g[xi]));
+        bf16_operand* pairs =
+            reinterpret_cast<bf16_operand*>(panel + xi * pitch + c / 2 * width + first);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          pairs[2 * lane + c % 2] = row[lane];
+          if (c % 2 == 0 && c + 1 == C) pairs[2 * lane + 1] = {0};
+        }
+      }
+      return;
+    }
+#endif
+    for (int xi = 0; xi < A * A; ++xi) {
+      // The rows of U lie C * width apart, often a multiple of 4 KB: ordinary stores of a large U would evict one another.
+      float* row = panel + xi * pitch + c * width + first;
+      if (p.stream)
+        stream(row, load(g[xi]));
+      else
+        store(row, load(g[xi]));
+    }
+  }
+
+  // In place: rows 0 .. 8 hold the 3 x 3 kernels, then all hold G g G^T.
+  static void transform(float (*g)[kLanes]) {
+    dvec d[2][9], u[A];
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 9; ++i) {
+        half_vec h;
+        __builtin_memcpy(&h, g[i] + half * kHalf, sizeof h);
+        d[half][i] = __builtin_convertvector(h, dvec);
+      }
+    for (int half = 0; half < 2; ++half) {
+      dvec t[A][3];
+      PYWINO_UNROLL for (int j = 0; j < 3; ++j) {
+        const dvec column[3] = {d[half][j], d[half][3 + j], d[half][6 + j]};
+        Transform<M>::filter(column, u);
+        PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = u[i];
+      }
+      for (int i = 0; i < A; ++i) {
+        Transform<M>::filter(t[i], u);
+        PYWINO_UNROLL for (int j = 0; j < A; ++j) {
+          const half_vec h = __builtin_convertvector(u[j], half_vec);
+          __builtin_memcpy(g[i * A + j] + half * kHalf, &h, sizeof h);
+        }
+      }
+    }
+  }
+};
+
 // --- the convolution ----------------------------------------------------------------------------------------------------------
 // Of tiles [t0, t1) to the gates of a convolutional LSTM: [tile][vector of outputs][M * M pixels][lanes].
 template <int M, typename T>
@@ -88,11 +263,12 @@ struct Epilogue {
 };
 
 // Panels [panel0, panel1) of the product, then of the output, for groups [g0, g1) of the chunk. Several panels: one position xi
-// after the other, so that V[xi] is read from near and not all of V again for each.
+// after the other, so that V[xi] is read from near and not all of V again for each. u: the filter of these panels,
+// where positions of a panel lie `pitch` floats apart, or behind one another (0).
 template <int M, typename T, typename E>
 void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
-                 int64_t panel0, int64_t panel1, const E* v, float* m, Prefetch<M, T>& inputs,
-                 const Epilogue& epilogue) {
+                 int64_t panel0, int64_t panel1, const float* u, int64_t pitch, const E* v,
+                 float* m, Prefetch<M, T>& inputs, const Epilogue& epilogue) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
   const int64_t depth = Depth<E>::floats(job.geometry.input.c), K = job.geometry.out_channels,
                 channel = panel0 * kPanel;
@@ -100,17 +276,17 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
   const int t0 = groups.start(g0), t1 = groups.start(g1 - 1) + groups.size(g1 - 1);
   const auto vectors = [&](int64_t panel) { return K - panel * kPanel > kLanes ? 2 : 1; };
   const auto filter = [&](int xi, int64_t panel) {
-    return job.params.filter + (panel * kPanel * A2 + xi * vectors(panel) * kLanes) * depth;
+    return u + (panel - panel0) * kPanel * A2 * depth +
+           xi * (pitch ? pitch : vectors(panel) * kLanes * depth);
   };
   for (int xi = 0; xi < A2; ++xi)
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const Multiply* table = multiplies<E>(vectors(panel));
-      const float* u = filter(xi, panel);
       Ahead next_filter = kNothing;
       if (job.fetch_filter) {
         const float* next = panel + 1 < panel1 ? filter(xi, panel + 1)
                             : xi + 1 < A2      ? filter(xi + 1, panel0)
-                                               : filter(0, panel1 * kPanel < K ? panel1 : 0);
+                                               : filter(0, panel1);
         constexpr int kLines = 4 * kPanel * 4 / 64;  // of four channels
         next_filter = {reinterpret_cast<const char*>(next), 64, 1, ceil_div(kLines, g1 - g0)};
       }
@@ -118,7 +294,7 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
         const int start = groups.start(g);
         const E* block = v + xi * job.stride_v + start * job.lines * Depth<E>::kLine;
         table[groups.size(g) - 1](
-            depth, reinterpret_cast<const float*>(block), u,
+            depth, reinterpret_cast<const float*>(block), filter(xi, panel),
             m + xi * job.stride_m + m_offset(t1 - t0, all, start - t0, int(panel - panel0) * 2),
             job.fetch_filter ? next_filter : inputs.next());
         next_filter.next += depth / 4 * next_filter.rate * next_filter.pitch;
@@ -168,6 +344,23 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
   return p;
 }
 
+// Of the filter of one panel.
+template <typename E>
+int64_t panel_bytes(const Geometry& g) {
+  return int64_t(g.tile + 2) * (g.tile + 2) * Depth<E>::floats(g.input.c) * kPanel * 4;
+}
+
+// Whether threads may transform the filter panel by panel, each just before its product: where every panel is used once.
+template <typename E>
+bool takes_weight_as(const Geometry& g, int threads) {
+  if (g.input.n * g.out_h() * g.out_w() * g.out_channels * g.input.c == 0) return false;
+  const int64_t tiles = Grid(g).tiles, panels = ceil_div<int64_t>(g.out_channels, kPanel);
+  const Plan plan =
+      make_plan(g, tiles, threads, g.out_channels > kLanes ? kRows2 : kRows1, sizeof(E), false);
+  return plan.joint && tiles <= plan.chunk && panels >= 4 * threads &&
+         panel_bytes<E>(g) <= kOwnFilterBytes;
+}
+
 template <int M, typename T, typename E>
 struct Run {
   static constexpr int A2 = Transform<M>::A * Transform<M>::A;
@@ -186,8 +379,13 @@ struct Run {
   int tiles = 0, splits = 1;
   E* shared_v = nullptr;
   int64_t v_bytes = 0, m_bytes = 0, gates_bytes = 0;
+  int64_t u_bytes = 0;  // of a panel, where each thread makes its own
 
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
+  const float* filter_of(int64_t panel) const {
+    return job.params.filter + panel * panel_bytes<E>(job.geometry) / int64_t(sizeof(float));
+  }
 
   void chunk_bounds(int64_t chunk, int64_t* begin, int64_t* end) const {
     const int64_t base = job.grid.tiles / chunks, larger = job.grid.tiles % chunks;
@@ -226,7 +424,8 @@ struct Run {
       input_stage<M>(job, begin, 0, tiles, groups, 0, job.blocks, v);
       for (int64_t panel = 0; panel < run.panels; panel += run.at_once)
         panel_stage<M>(job, begin, groups, 0, groups.count, panel,
-                       min(panel + run.at_once, run.panels), v, m, ahead, epilogue);
+                       min(panel + run.at_once, run.panels), run.filter_of(panel), 0, v, m, ahead,
+                       epilogue);
       if (gates) cell_stage<M>(job, begin, tiles, gates);
     }
   }
@@ -249,19 +448,26 @@ struct Run {
   static void joint_panels(void* arg) {
     Run& run = *static_cast<Run*>(arg);
     const Groups groups(run.tiles, run.job.rows);
-    float* m = static_cast<float*>(scratch(run.m_bytes, ScratchSlot::own));
+    float* m = static_cast<float*>(scratch(run.m_bytes + run.u_bytes, ScratchSlot::own));
     if (!m) {
       run.failed = true;
       return;
     }
+    float* own = reinterpret_cast<float*>(reinterpret_cast<char*>(m) + run.m_bytes);
     const int splits = min(run.splits, groups.count);
     Prefetch<M, T> nothing;
     for (int64_t task = run.take(); task < run.panels * splits; task = run.take()) {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
       const int64_t panel = task / splits;
-      panel_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, run.shared_v, m, nothing,
-                     Epilogue{});
+      const float* u = own;
+      const int64_t pitch = run.u_bytes ? run.u_bytes / int64_t(sizeof(float)) / A2 : 0;
+      if (pitch)
+        FilterRun<M, T>(*run.job.params.weight).panel(panel, own, pitch);
+      else
+        u = run.filter_of(panel);
+      panel_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, u, pitch, run.shared_v,
+                     m, nothing, Epilogue{});
     }
   }
 
@@ -339,7 +545,9 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   run.v_bytes = A2 * job.stride_v * int64_t(sizeof(E));
   run.m_bytes = A2 * job.stride_m * 4;
   run.gates_bytes = params.lstm ? chunk * M * M * g.out_channels * 4 : 0;
-  if (panels < 4 * executor.threads)
+  if (params.weight)
+    run.u_bytes = A2 * padded_stride(panel_bytes<E>(g) / A2 / 4) * 4;
+  else if (panels < 4 * executor.threads)
     run.splits = int(ceil_div<int64_t>(4 * executor.threads, panels));
   if (!params.mean) return run(plan);
   run.sums =
@@ -375,6 +583,13 @@ Status forward_tile(const ForwardParams& params, const Executor& executor) {
 #endif
 }
 
+bool run_takes_weight(const Geometry& g, bool fast, int threads) {
+#if defined(__AVX512BF16__)
+  if (fast) return takes_weight_as<bf16_operand>(g, threads);
+#endif
+  return !fast && takes_weight_as<float>(g, threads);
+}
+
 Status run_forward(const ForwardParams& params, const Executor& executor) {
   switch (params.geometry.tile) {
     case 2: return forward_tile<2>(params, executor);
@@ -384,138 +599,16 @@ Status run_forward(const ForwardParams& params, const Executor& executor) {
   return Status::unsupported;
 }
 
-// --- filter transform ----------------------------------------------------------------------------------------------------------
-int64_t packed_size(int64_t out_channels, int64_t in_channels, int tile, bool fast) {
-#if defined(__AVX512BF16__)
-  const int64_t depth = fast ? Depth<bf16_operand>::floats(in_channels) : in_channels;
-#else
-  if (fast) return 0;
-  const int64_t depth = in_channels;
-#endif
-  return int64_t(tile + 2) * (tile + 2) * depth * round_up<int64_t>(out_channels, kLanes);
-}
-
-// One vector of kernels at a time, in double (two halves): U is made once and every product inherits its error.
-constexpr int kHalf = kLanes / 2;
-typedef double dvec __attribute__((vector_size(kHalf * 8)));
-typedef float half_vec __attribute__((vector_size(kHalf * 4)));
-
-template <int M, typename T>
-struct FilterRun {
-  static constexpr int A = Transform<M>::A;
-  static constexpr int kKernelsPerTask = 16;
-  const FilterParams& p;
-  int64_t K, C, stride_k, stride_c;
-  int64_t next = 0;
-
-  static void body(void* arg) {
-    FilterRun& run = *static_cast<FilterRun*>(arg);
-    const int64_t vectors = channel_blocks(run.K),
-                  parts = ceil_div<int64_t>(run.C, kKernelsPerTask), tasks = vectors * parts;
-    for (int64_t task = run.take(); task < tasks; task = run.take()) {
-      const int64_t c0 = task % parts * kKernelsPerTask;
-      for (int64_t c = c0; c < min(c0 + kKernelsPerTask, run.C); ++c) run.kernels(task / parts, c);
-    }
-  }
-
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-
-  // Kernels (k, c) of the k of one vector.
-  void kernels(int64_t vector, int64_t c) const {
-    const int64_t panel = vector / 2 * kPanel;
-    const int width = K - panel > kLanes ? kPanel : kLanes, size = p.spatial ? 3 : A;
-    const int64_t first = vector % 2 * kLanes;
-    float* out = p.packed + panel * C * A * A + c * width + first;
-    const bool turn = p.rotate && p.spatial;
-    alignas(64) float g[A * A][kLanes];
-    const int lanes = int(min<int64_t>(kLanes, K - vector * kLanes));
-    const T* kernel = static_cast<const T*>(p.weight) + vector * kLanes * stride_k + c * stride_c;
-    if (p.stride_w == 1 && p.stride_h == size && lanes == kLanes) {
-      const int entries = size * size;
-      for (int e = 0; e < entries; e += kLanes) {
-        vec r[kLanes];
-        const int width = min(kLanes, entries - e);
-        PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
-            load_part(kernel + lane * stride_k + e, 0, width);
-        transpose(r);
-        for (int i = 0; i < width; ++i) store(g[turn ? entries - 1 - e - i : e + i], r[i]);
-      }
-    } else {
-      for (int lane = 0; lane < kLanes; ++lane)
-        for (int i = 0; i < size; ++i)
-          for (int j = 0; j < size; ++j) {
-            const int64_t at =
-                lane * stride_k + (turn ? 2 - i : i) * p.stride_h + (turn ? 2 - j : j) * p.stride_w;
-            g[i * size + j][lane] = lane < lanes ? get(kernel + at) : 0.f;
-          }
-    }
-    if (p.spatial) transform(g);
-#if defined(__AVX512BF16__)
-    if (p.fast) {
-      const int64_t depth = Depth<bf16_operand>::floats(C);
-      for (int xi = 0; xi < A * A; ++xi) {
-        bf16_operand row[kLanes];
-        store(row, load(g[xi]));
-        bf16_operand* pairs = reinterpret_cast<bf16_operand*>(p.packed + panel * depth * A * A +
-                                                              (xi * depth + c / 2) * width + first);
-        for (int lane = 0; lane < kLanes; ++lane) {
-          pairs[2 * lane + c % 2] = row[lane];
-          if (c % 2 == 0 && c + 1 == C) pairs[2 * lane + 1] = {0};
-        }
-      }
-      return;
-    }
-#endif
-    for (int xi = 0; xi < A * A; ++xi) {
-      // The rows of U lie C * width apart, often a multiple of 4 KB: ordinary stores of a large U would evict one another.
-      float* row = out + xi * C * width;
-      if (p.stream)
-        stream(row, load(g[xi]));
-      else
-        store(row, load(g[xi]));
-    }
-  }
-
-  // In place: rows 0 .. 8 hold the 3 x 3 kernels, then all hold G g G^T.
-  static void transform(float (*g)[kLanes]) {
-    dvec d[2][9], u[A];
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < 9; ++i) {
-        half_vec h;
-        __builtin_memcpy(&h, g[i] + half * kHalf, sizeof h);
-        d[half][i] = __builtin_convertvector(h, dvec);
-      }
-    for (int half = 0; half < 2; ++half) {
-      dvec t[A][3];
-      PYWINO_UNROLL for (int j = 0; j < 3; ++j) {
-        const dvec column[3] = {d[half][j], d[half][3 + j], d[half][6 + j]};
-        Transform<M>::filter(column, u);
-        PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = u[i];
-      }
-      for (int i = 0; i < A; ++i) {
-        Transform<M>::filter(t[i], u);
-        PYWINO_UNROLL for (int j = 0; j < A; ++j) {
-          const half_vec h = __builtin_convertvector(u[j], half_vec);
-          __builtin_memcpy(g[i * A + j] + half * kHalf, &h, sizeof h);
-        }
-      }
-    }
-  }
-};
-
 template <int M>
 Status filter_tile(const FilterParams& p, const Executor& executor) {
-  const int64_t K = p.rotate ? p.in_channels : p.out_channels,
-                C = p.rotate ? p.out_channels : p.in_channels;
-  const int64_t sk = p.rotate ? p.stride_c : p.stride_k, sc = p.rotate ? p.stride_k : p.stride_c;
   auto run = [&](auto typed) {
     executor.run(executor.threads, typed.body, &typed);
     return Status::ok;
   };
   switch (p.dtype) {
-    case DType::f32: return run(FilterRun<M, float>{p, K, C, sk, sc});
-    case DType::bf16: return run(FilterRun<M, bf16>{p, K, C, sk, sc});
-    case DType::f16: return run(FilterRun<M, f16>{p, K, C, sk, sc});
+    case DType::f32: return run(FilterRun<M, float>(p));
+    case DType::bf16: return run(FilterRun<M, bf16>(p));
+    case DType::f16: return run(FilterRun<M, f16>(p));
   }
   return Status::unsupported;
 }
@@ -536,6 +629,7 @@ Status run_filter(const FilterParams& params, const Executor& executor) {
 }  // namespace
 
 extern const ForwardKernels PYWINO_ISA_NAME(forward_kernels_);
-const ForwardKernels PYWINO_ISA_NAME(forward_kernels_) = {run_forward, run_filter, packed_size};
+const ForwardKernels PYWINO_ISA_NAME(forward_kernels_) = {run_forward, run_takes_weight, run_filter,
+                                                          packed_size};
 
 }  // namespace pywino::winograd

@@ -73,6 +73,9 @@ Status forward(const ForwardParams& params, const Executor& executor) {
   return params.sparse_filter ? sparse_kernels().forward(params, executor)
                               : forward_kernels().forward(params, executor);
 }
+bool takes_weight(const Geometry& geometry, bool fast, int threads) {
+  return forward_kernels().takes_weight(geometry, fast, threads);
+}
 int64_t sparse_filter_size(const FilterParams& params, Pattern pattern, const Executor& executor) {
   return sparse_kernels().size(params, pattern, executor);
 }

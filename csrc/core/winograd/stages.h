@@ -17,6 +17,8 @@ constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) <
 // A V of more is not in the second-level cache any more when the next panel reads it again.
 constexpr int64_t kNearBytes = int64_t(3) << 19;
 constexpr int kMostPanels = 4;
+// Most of a panel's filter that a thread makes for itself, beside its scratch.
+constexpr int64_t kOwnFilterBytes = int64_t(3) << 20;
 
 int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
 

@@ -33,6 +33,8 @@ struct Geometry {
   int64_t out_w() const { return input.w + 2 * pad_w - 2 * dil_w; }
 };
 
+struct FilterParams;
+
 // The state of a convolutional LSTM (core/conv_lstm), channels_last.
 struct LstmState {
   const float* cell;  // or nullptr: zeros
@@ -50,6 +52,8 @@ struct ForwardParams {
   bool winograd_relu;    // on B^T d B (Liu et al., ICLR 2018)
   bool fast;             // products of bfloat16, summed in fp32; the filter must be packed so
   const int32_t* sparse_filter = nullptr;  // from sparse_filter: instead of `filter`
+  // Instead of `filter`, where takes_weight(): a filter that is used once is never written as a whole. Of the input's dtype.
+  const FilterParams* weight = nullptr;
 
   // Of fp32 tensors in channels_last and dense filters:
   float* mean = nullptr;         // K floats: of each channel of the output, of one image; any dtype
@@ -103,6 +107,7 @@ struct DomainInputGradientParams {
 // One set of these for each instruction set (common/isa.h), defined in cpu_forward.cpp and cpu_backward.cpp.
 struct ForwardKernels {
   Status (*forward)(const ForwardParams&, const Executor&);
+  bool (*takes_weight)(const Geometry&, bool fast, int threads);
   Status (*filter)(const FilterParams&, const Executor&);
   int64_t (*filter_size)(int64_t out_channels, int64_t in_channels, int tile, bool fast);
 };
@@ -124,6 +129,7 @@ PYWINO_API bool tile_exists(int tile);
 PYWINO_API void transform_matrices(int tile, double* bt, double* g, double* at);
 
 PYWINO_API Status forward(const ForwardParams&, const Executor&);
+PYWINO_API bool takes_weight(const Geometry&, bool fast, int threads);
 PYWINO_API Status filter(const FilterParams&, const Executor&);
 PYWINO_API Status weight_gradient(const WeightGradientParams&, const Executor&);
 PYWINO_API Status domain_input_gradient(const DomainInputGradientParams&, const Executor&);
