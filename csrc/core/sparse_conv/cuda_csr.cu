@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * kCsrWarps) csr(Csr p) {
     }
     __syncwarp();
     const int count = end - first < 32 ? end - first : 32;
-#pragma unroll 4
+#pragma unroll 2
     for (int e = 0; e < count; ++e) {
       const CsrEntry entry = ptx::load<CsrEntry>(&entries[warp][e]);
 #pragma unroll
