@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import pywino
 from pywino.models import vgg16
-from pywino.ops import _winograd_domain as domain
 from pywino.ops import sparse_conv
+from pywino.ops._kernels import Kernel
 from pywino.ops.winograd import winograd_transform_filter
 from pywino.pruning import Block, prune_
 from pywino.reference import winograd as reference
@@ -79,12 +79,12 @@ def _compare_domain(compare, layer, sparsity, how, peer=False):
     pattern = "unstructured" if how == "unstructured" else "domain blocks"
     w = w * _mask(w.shape, sparsity, pattern)
     filter = _ops._winograd_sparse_pack(w, 4, False, how == "blocks")
-    where = (len(w), 4, (1, 1), (1, 1), False)
-    ours = lambda: domain.native_forward(last, filter, b, None, *where)  # noqa: E731
+    kernel, where = Kernel("cpu", 4, False, domain=True), (len(w), (1, 1), (1, 1), False)
+    ours = lambda: kernel.forward(last, filter, b, None, *where)  # noqa: E731
     peers = _dense_peers(layer)
     if peer:
-        dense = _ops._winograd_pack(w, 4, False)
-        peers["dense F(4x4,3x3)"] = lambda: domain.native_forward(last, dense, b, None, *where)
+        dense = kernel.whole_filter(w)
+        peers["dense F(4x4,3x3)"] = lambda: kernel.forward(last, dense, b, None, *where)
     compare(
         {"f4": ours},
         peers,

@@ -76,9 +76,22 @@ def of_device(device):
     return _OF_DEVICE.get(device, ())
 
 
+def able(call, algorithm="auto"):
+    """The backends with a kernel of our own that can run `call` by `algorithm`, the preferred one
+    first."""
+    return [n for n in of_device(call.device) if can_run(n, call, algorithm) is None]
+
+
 def covers(call, algorithm="auto"):
     """Whether a kernel of our own can run `call` by `algorithm`."""
-    return any(can_run(name, call, algorithm) is None for name in of_device(call.device))
+    return bool(able(call, algorithm))
+
+
+def lacks_gradient(backend, call, algorithm="auto"):
+    """Whether `backend`, which ran the forward, has no kernel for this gradient; any may do it."""
+    if backend in ("auto", "aten") or "_backward_" not in call.op:
+        return False
+    return can_run(backend, call, algorithm) is not None
 
 
 def allows_tf32(tensor):
@@ -161,7 +174,7 @@ def _winograd_cuda(call, algorithm):
     if algorithm not in ("auto", "direct", *TILES):
         return f"it has direct, f2, f4 and f6, not {algorithm}"
     if algorithm == "direct":
-        if call.op.startswith("winograd_relu_conv2d"):
+        if call.op.startswith(("winograd_relu_conv2d", "winograd_domain_conv2d")):
             return "a weight in the Winograd domain has no direct convolution"
         if call.op.endswith("_backward_weight"):
             return "it has f2, f4 and f6 for this gradient, not direct"
@@ -293,6 +306,7 @@ for _op in _ELEMENTWISE:
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cuda", "winograd_conv2d" + _op, _winograd_cuda)
     register("cuda", "winograd_relu_conv2d" + _op, _winograd_cuda)
+    register("cuda", "winograd_domain_conv2d" + _op, _winograd_cuda)
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)

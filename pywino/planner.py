@@ -360,7 +360,7 @@ def _timed(call):
     part = _part(call)
     runners = _measure[call.op](part)
     names = [None, *_measured_kernels(call)]
-    seconds_of = _seconds_on_cpu if call.device == "cpu" else _seconds_on_gpu
+    seconds_of = _seconds_on(call.device)
     best = dict.fromkeys(names, float("inf"))
     # Autocast and a deterministic fill of new memory would be timed too; gradients need no graph
     # here.
@@ -377,13 +377,19 @@ def _timed(call):
     return _scaled(best, call, part)
 
 
-def race(runs, calls):
-    """name -> its least seconds in `calls` calls, taken in turns, on the CPU."""
+def race(runs, calls, device="cpu"):
+    """name -> its least seconds in `calls` calls, taken in turns; on a GPU those between two events
+    on the current stream. Nobody may capture that: ask `may_measure` before."""
+    seconds_of = _seconds_on(device)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(calls):
         for name, run in runs.items():
-            best[name] = min(best[name], _seconds_on_cpu(run))
+            best[name] = min(best[name], seconds_of(run))
     return best
+
+
+def _seconds_on(device):
+    return _seconds_on_gpu if device == "cuda" else _seconds_on_cpu
 
 
 def _seconds_on_cpu(run):

@@ -702,3 +702,5 @@ def test_a_race_takes_turns_and_keeps_the_least(monkeypatch):
     runs = {name: lambda name=name: order.append(name) for name in ("a", "b")}
     assert planner.race(runs, 3) == {"a": 2.0, "b": 5.0}
     assert order == ["a", "b"] * 3
+    monkeypatch.setattr(planner, "_seconds_on_gpu", lambda run: 1.0)
+    assert planner.race(runs, 2, "cuda") == {"a": 1.0, "b": 1.0}

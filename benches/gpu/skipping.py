@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The convolutions that skip, what is outside of a mask and what a pruned weight has no more: each
 backend's kernel against PyTorch's dense convolution of the same tensors, for which nothing is
-masked. Dilation 1 in every layer."""
+masked. A weight of the Winograd domain has none: its peer has as many channels, and is a measure of
+time alone. Dilation 1 in every layer."""
 
 import torch
 from gpu import timing
@@ -12,15 +13,23 @@ from torch.nn import functional as F
 
 import pywino
 from pywino import backends
+from pywino.reference.winograd import winograd_domain_conv2d, winograd_transform_filter
 from pywino.testing import relative_l2
 
 LAYER_NAMES = ("sap-32x481x321-d1", "resnet-64x56-b32", "vgg-256x56-b32")
 SHAPES = {"masked clusters 25 %": clusters, "masked streaks 25 %": streaks}
-DENSITIES = {"sparse blocks 75 %": 0.25, "sparse blocks 90 %": 0.1}  # zeros, and what is kept
-TWO_OF_FOUR = "sparse 2:4"
-KINDS = (*SHAPES, *DENSITIES, TWO_OF_FOUR)
+BLOCKS = {"blocks 75 %": 0.25, "blocks 90 %": 0.1}  # zeros, and what is kept
+TWO_OF_FOUR, LISTS = "2:4", "lists 95 %"
+DOMAIN = "winograd "  # what a kind begins with whose weight is in the domain of F(4x4,3x3)
+KINDS = (
+    *SHAPES,
+    *(f"sparse {zeros}" for zeros in (*BLOCKS, TWO_OF_FOUR, LISTS)),
+    *(f"{DOMAIN}{zeros}" for zeros in (*BLOCKS, TWO_OF_FOUR)),
+)
 BLOCK = (64, 32)  # output and input channels
-# Relative L2 error of fp32 sums; 16-bit outputs are rounded once beside that.
+TILE = 4
+# Relative L2 error of fp32 sums; 16-bit outputs are rounded once beside that. F(4x4,3x3) may have
+# more, as much more as its formula in PyTorch has.
 LIMITS = {torch.float32: 1.5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
@@ -28,25 +37,29 @@ def tensors(layer: Layer, kind: str, mode: str, layout: str, device: str):
     """(x, weight, bias), and with a mask, another for each image."""
     generator = torch.Generator().manual_seed(0)
     x, w, b = layer.tensors(MODES[mode][0], LAYOUTS[layout], device=device)
-    if kind == TWO_OF_FOUR:
-        fours = torch.rand(layer.k, -(-layer.c // 4), 4, 3, 3, generator=generator)
-        two = fours.argsort(2).argsort(2) < 2
-        return x, w * two.flatten(1, 2)[:, : layer.c].to(w), b
-    if kind in DENSITIES:
-        return x, w * kept(layer, DENSITIES[kind], generator).to(w), b
-    masks = [SHAPES[kind](layer.h, layer.w, 0.25, generator) for _ in range(layer.n)]
-    return x, w, b, torch.stack(masks)[:, None].to(device)
+    if kind in SHAPES:
+        masks = [SHAPES[kind](layer.h, layer.w, 0.25, generator) for _ in range(layer.n)]
+        return x, w, b, torch.stack(masks)[:, None].to(device)
+    if kind.startswith(DOMAIN):
+        w = winograd_transform_filter(w, TILE)
+    return x, w * kept(w.shape, kind.partition(" ")[2], generator).to(w), b
 
 
-def kept(layer: Layer, density: float, generator) -> torch.Tensor:
-    """So many of the blocks of all taps, at least one: (k, c, 3, 3)."""
-    grid = [-(-size // block) for size, block in zip((layer.k, layer.c), BLOCK)]
-    scores = torch.rand(*grid, 3, 3, generator=generator)
-    count = max(1, round(density * scores.numel()))
+def kept(size: torch.Size, zeros: str, generator) -> torch.Tensor:
+    """What a weight keeps: (k, c, height, width). Of blocks at least one."""
+    k, c, *positions = size
+    if zeros == LISTS:
+        return torch.rand(size, generator=generator) < 0.05
+    if zeros == TWO_OF_FOUR:
+        fours = torch.rand(k, -(-c // 4), 4, *positions, generator=generator)
+        return (fours.argsort(2).argsort(2) < 2).flatten(1, 2)[:, :c]
+    grid = [-(-channels // block) for channels, block in zip((k, c), BLOCK)]
+    scores = torch.rand(*grid, *positions, generator=generator)
+    count = max(1, round(BLOCKS[zeros] * scores.numel()))
     blocks = scores <= scores.flatten().kthvalue(count).values
     for axis, block in enumerate(BLOCK):
         blocks = blocks.repeat_interleave(block, axis)
-    return blocks[: layer.k, : layer.c]
+    return blocks[:k, :c]
 
 
 def candidates(layer: Layer, kind: str, mode: str, layout: str, device: str) -> list[str]:
@@ -54,22 +67,29 @@ def candidates(layer: Layer, kind: str, mode: str, layout: str, device: str) -> 
     sizes = (layer.n, layer.c, layer.h, layer.w, layer.k)
     last = layout == "channels_last"
     op = "masked_conv2d" if kind in SHAPES else "sparse_conv2d"
+    op = "winograd_domain_conv2d" if kind.startswith(DOMAIN) else op
     dtype = MODES[mode][0]
     call = backends.Call(op, *sizes, (1, 1), (1, 1), dtype, last, device)
-    names = backends.of_device(device)
-    if kind == TWO_OF_FOUR and device == "cuda":  # for anything else such a weight is dense
-        names = ("cuda",) if dtype.itemsize == 2 else ()
-    return [name for name in names if backends.can_run(name, call) is None]
+    able = backends.able(call)
+    if device == "cuda" and kind.endswith((TWO_OF_FOUR, LISTS)):  # dense for anything else
+        bits = 16 if kind.endswith(TWO_OF_FOUR) else 32
+        able = [name for name in able if name == "cuda" and 8 * dtype.itemsize == bits]
+    return able
 
 
-def ours(backend: str, arguments):
+def ours(kind: str, backend: str, arguments):
     """(function, its tensors): a layer's weight is packed before."""
     x, w, b, *masks = arguments
     if masks:
         return lambda x, w, b, m: pywino.masked_conv2d(x, m, w, b, backend=backend), arguments
     conv = torch.nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1)
-    conv.weight, conv.bias = (torch.nn.Parameter(t, requires_grad=False) for t in (w, b))
-    layer = pywino.SparseConv2d.from_dense(conv)
+    w, conv.bias = (torch.nn.Parameter(t, requires_grad=False) for t in (w, b))
+    if kind.startswith(DOMAIN):
+        layer = pywino.WinogradConv2d.from_dense(conv).to_winograd_domain_(TILE)
+        layer.winograd_weight = w
+    else:
+        conv.weight = w
+        layer = pywino.SparseConv2d.from_dense(conv)
     layer.backend = backend
     return layer, (x,)
 
@@ -86,10 +106,12 @@ def errors(kind: str, backend: str, arguments) -> tuple[float, float]:
 
     def between(dtype):
         x, w, b = (t.to(dtype) for t in first[:3])
+        if kind.startswith(DOMAIN):
+            return winograd_domain_conv2d(x, w, b, 1, 1, TILE)
         return dense(torch.where(mask, x, 0) if masks else x, w, b) * mask
 
     exact = between(torch.float64)
-    function, own = ours(backend, first)
+    function, own = ours(kind, backend, first)
     return relative_l2(function(*own), exact), relative_l2(between(x.dtype), exact)
 
 
@@ -101,5 +123,8 @@ def measure(clock, layer, kind, mode, layout, backend, samples) -> dict:
     found = {"error": error, "eager_error": theirs, "limit": limit, "wrong": not error <= limit}
     if found["wrong"]:
         return found
-    contenders = {"ours": ours(backend, arguments), "dense": (dense, arguments)}
+    peer = arguments
+    if kind.startswith(DOMAIN):
+        peer = layer.tensors(MODES[mode][0], LAYOUTS[layout], device=clock.device)
+    contenders = {"ours": ours(kind, backend, arguments), "dense": (dense, peer)}
     return {**found, "times": timing.compare(clock, contenders, samples)}

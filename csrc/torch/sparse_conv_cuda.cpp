@@ -10,7 +10,7 @@ namespace {
 
 namespace cuda = sparse_conv::cuda;
 
-// Of a channels_last input whose pixels are whole 16 bytes. Checks the bias, too.
+// What every kernel asks for. Checks the bias, too.
 sparse_conv::Geometry geometry_of(const Tensor& input, const std::optional<Tensor>& bias,
                                   int64_t out_channels, IntArray kernel_size, IntArray stride,
                                   IntArray padding, IntArray dilation, const char* op) {
@@ -29,6 +29,15 @@ sparse_conv::Geometry geometry_of(const Tensor& input, const std::optional<Tenso
                       g.w + 2 * g.pad_w > g.dil_w * (g.kernel_w - 1) && input.numel() > 0 &&
                       out_channels > 0,
                   op, ": the output would be empty");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
+                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
+                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
+  if (bias) check_same_device(input, *bias, op, "bias");
+  return g;
+}
+
+// Of kernels that gather channels_last pixels of whole 16 bytes.
+void check_pixels(const Tensor& input, const sparse_conv::Geometry& g, const char* op) {
   STD_TORCH_CHECK(
       is_channels_last(input) || (input.is_contiguous() && (g.c == 1 || g.h * g.w == 1)), op,
       ": input must be channels_last");
@@ -39,11 +48,6 @@ sparse_conv::Geometry geometry_of(const Tensor& input, const std::optional<Tenso
   STD_TORCH_CHECK(
       g.n * g.h * g.w < (int64_t(1) << 31) && g.n * g.out_h() * g.out_w() < (int64_t(1) << 31), op,
       ": input and output must have less than 2^31 pixels");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
-                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
-                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
-  if (bias) check_same_device(input, *bias, op, "bias");
-  return g;
 }
 
 Tensor output_of(const Tensor& input, const sparse_conv::Geometry& g) {
@@ -62,6 +66,7 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& entries,
   constexpr const char* op = "pywino::_sparse_cuda_forward";
   cuda::Forward p{};
   p.geometry = geometry_of(input, bias, out_channels, kernel_size, stride, padding, dilation, op);
+  check_pixels(input, p.geometry, op);
   STD_TORCH_CHECK(
       values.scalar_type() == input.scalar_type() && values.is_contiguous() && values.dim() == 3 &&
           (values.size(1) == 64 || values.size(1) == 128) && values.size(2) == cuda::kChannels,
@@ -97,6 +102,7 @@ Tensor two_of_four(const Tensor& input, const Tensor& values, const Tensor& meta
   cuda::TwoOfFour p{};
   p.geometry = geometry_of(input, bias, out_channels, kernel_size, stride, padding, dilation, op);
   const sparse_conv::Geometry& g = p.geometry;
+  check_pixels(input, g, op);
   STD_TORCH_CHECK(g.dtype != DType::f32, op, ": input must be float16 or bfloat16");
   const int64_t steps = g.kernel_h * g.kernel_w * ((g.c + cuda::kStep - 1) / cuda::kStep);
   const int64_t rows =
@@ -119,10 +125,46 @@ Tensor two_of_four(const Tensor& input, const Tensor& values, const Tensor& meta
   return output;
 }
 
+// The same in fp32 of a weight with zeros anywhere, contiguous; the input has its padding.
+Tensor csr(const Tensor& input, const Tensor& values, const Tensor& entries, const Tensor& starts,
+           const std::optional<Tensor>& bias, IntArray kernel_size, IntArray stride,
+           IntArray dilation) {
+  constexpr const char* op = "pywino::_sparse_cuda_csr";
+  constexpr int64_t none[] = {0, 0};
+  const int64_t out_channels = starts.numel() - 1;
+  cuda::Csr p{};
+  p.geometry = geometry_of(input, bias, out_channels, kernel_size, stride, none, dilation, op);
+  const sparse_conv::Geometry& g = p.geometry;
+  STD_TORCH_CHECK(g.dtype == DType::f32 && input.is_contiguous(), op,
+                  ": input must be float32 and contiguous");
+  STD_TORCH_CHECK(g.c * g.h * g.w < (int64_t(1) << 31), op,
+                  ": an image must have less than 2^31 numbers");
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
+                      entries.scalar_type() == ScalarType::Int && entries.is_contiguous() &&
+                      entries.numel() == values.numel() &&
+                      starts.scalar_type() == ScalarType::Int && starts.is_contiguous(),
+                  op, ": the filter must be float32 values, and int32 entries and starts");
+  check_same_device(input, values, op, "values");
+  check_same_device(input, entries, op, "entries");
+  check_same_device(input, starts, op, "starts");
+  const Launch launch(input, op, cuda::pywino_sparse_conv_cuda_error);
+  Tensor output =
+      empty_like(input, {g.n, out_channels, g.out_h(), g.out_w()}, ScalarType::Float, false);
+  p.input = static_cast<const float*>(input.const_data_ptr());
+  p.values = static_cast<const float*>(values.const_data_ptr());
+  p.entries = static_cast<const int32_t*>(entries.const_data_ptr());
+  p.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  p.bias = data_of(bias);
+  p.output = static_cast<float*>(output.mutable_data_ptr());
+  launch.check(cuda::pywino_sparse_conv_csr(&p, launch.stream()));
+  return output;
+}
+
 }  // namespace
 }  // namespace pywino
 
 STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
   m.impl("_sparse_cuda_forward", TORCH_BOX(&pywino::forward));
   m.impl("_sparse_cuda_two_of_four", TORCH_BOX(&pywino::two_of_four));
+  m.impl("_sparse_cuda_csr", TORCH_BOX(&pywino::csr));
 }

@@ -51,16 +51,44 @@ Tensor workspace_of(const Tensor& like, const winograd::Geometry& g, cuda::Domai
   return empty_like(like, {cuda::workspace_bytes(g, domain, chunk)}, ScalarType::Byte, false);
 }
 
-void check_filter(const Tensor& input, const Tensor& filter, const Tensor& scale, int64_t taps,
-                  int64_t out_channels, int64_t in_channels, bool strict, const char* op) {
-  STD_TORCH_CHECK(
-      filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
-          filter.is_contiguous() && scale.scalar_type() == ScalarType::Float &&
-          scale.is_contiguous() && scale.numel() == out_channels &&
-          filter.numel() == taps * cuda::padded(out_channels) * cuda::padded(in_channels),
-      op, ": the filter was made for other channels, another tile or another precision");
+// Checks a filter; what it leaves out, where it has no zeros: then `places` says where its numbers lie (cuda::Zeros), of blocks
+// in one dimension, of 2:4 in four. What it says of them is not checked: it is on the device.
+std::optional<cuda::Zeros> check_filter(const Tensor& input, const Tensor& filter,
+                                        const Tensor& scale, const std::optional<Tensor>& places,
+                                        int64_t taps, int64_t out_channels, int64_t in_channels,
+                                        bool strict, const char* op) {
   check_same_device(input, filter, op, "filter");
   check_same_device(input, scale, op, "scale");
+  const auto up = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
+  std::optional<cuda::Zeros> zeros;
+  int64_t numbers = taps * cuda::padded(out_channels) * cuda::padded(in_channels);
+  bool fits = true;
+  if (places) {
+    check_same_device(input, *places, op, "places");
+    zeros.emplace();
+    zeros->places = static_cast<const int32_t*>(places->const_data_ptr());
+    fits = places->scalar_type() == ScalarType::Int && places->is_contiguous();
+    if (places->dim() == 1) {
+      const int64_t group = filter.dim() == 3 ? filter.size(1) : 0;
+      fits &= (group == 64 || group == 128) && filter.size(2) == cuda::kBlockChannels &&
+              places->numel() == taps * up(out_channels, group) + 1 + filter.size(0);
+      zeros->group = int(group);
+      numbers = filter.numel();
+    } else {
+      const int64_t rows = up(out_channels, cuda::kOutChannels) * cuda::kOutChannels;
+      const int64_t steps = taps * up(in_channels, cuda::kStep);
+      numbers = steps * rows * (cuda::kStep / 2);
+      fits &= !strict && places->numel() == steps * rows * 2;
+      zeros->group = 0;
+    }
+  }
+  STD_TORCH_CHECK(fits && filter.scalar_type() == (strict ? ScalarType::Float : ScalarType::Half) &&
+                      filter.is_contiguous() && filter.numel() == numbers &&
+                      scale.scalar_type() == ScalarType::Float && scale.is_contiguous() &&
+                      scale.numel() == out_channels,
+                  op,
+                  ": the filter was made for other channels, another tile or another precision");
+  return zeros;
 }
 
 // Dense in a memory format, one number a pixel and one pixel an image being dense in both.
@@ -152,16 +180,18 @@ std::tuple<Tensor, Tensor> filter(const Tensor& weight, int64_t tile, bool stric
 }
 
 Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
-               const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-               int64_t out_channels, int64_t tile, IntArray padding, IntArray dilation, bool relu,
-               bool winograd_relu, bool strict, int64_t workspace_limit) {
+               const std::optional<Tensor>& places, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
+               IntArray padding, IntArray dilation, bool relu, bool winograd_relu, bool strict,
+               int64_t workspace_limit) {
   constexpr const char* op = "pywino::_winograd_cuda_forward";
   STD_TORCH_CHECK(cuda::has_tile(tile), op, ": tile must be 2, 4 or 6, got ", tile);
   cuda::Forward p{};
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
   p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
-  check_filter(input, filter, scale, (tile + 2) * (tile + 2), out_channels, g.input.c, strict, op);
+  const auto zeros = check_filter(input, filter, scale, places, (tile + 2) * (tile + 2),
+                                  out_channels, g.input.c, strict, op);
   p.chunk = chunk_of(g, p.domain, workspace_limit, op);
   const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
@@ -177,7 +207,7 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.residual = epilogue.residual_data;
   p.output = output.mutable_data_ptr();
   p.workspace = workspace.mutable_data_ptr();
-  launch.check(cuda::forward(p, launch.stream()));
+  launch.check(cuda::forward(p, launch.stream(), zeros ? &*zeros : nullptr));
   return output;
 }
 
@@ -220,17 +250,18 @@ Tensor backward_weight(const Tensor& grad, const Tensor& input,
   return gradient;
 }
 
-// dX of the Winograd-ReLU layer, with a filter made with `rotate`.
-Tensor relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
-                           const Tensor& scale, int64_t tile, IntArray padding, IntArray dilation,
-                           bool strict, int64_t workspace_limit) {
-  constexpr const char* op = "pywino::_winograd_cuda_relu_backward_input";
-  cuda::ReluInputGradient p{};
+// dX of a weight in the Winograd domain, with a filter made with `rotate`.
+Tensor domain_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
+                             const Tensor& scale, int64_t tile, IntArray padding, IntArray dilation,
+                             bool winograd_relu, bool strict, int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_domain_backward_input";
+  cuda::DomainInputGradient p{};
   p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
   p.domain = strict ? cuda::Domain::f32 : cuda::Domain::f16;
-  check_filter(input, filter, scale, (tile + 2) * (tile + 2), g.input.c, g.out_channels, strict,
-               op);
+  p.winograd_relu = winograd_relu;
+  check_filter(input, filter, scale, std::nullopt, (tile + 2) * (tile + 2), g.input.c,
+               g.out_channels, strict, op);
   p.chunk = chunk_of(g, p.domain, workspace_limit, op);
   const Launch launch(input, op, cuda::pywino_cuda_error);
   Tensor workspace = workspace_of(input, g, p.domain, p.chunk);
@@ -243,7 +274,7 @@ Tensor relu_backward_input(const Tensor& grad, const Tensor& input, const Tensor
   p.filter_scale = static_cast<const float*>(scale.const_data_ptr());
   p.gradient = static_cast<float*>(gradient.mutable_data_ptr());
   p.workspace = workspace.mutable_data_ptr();
-  launch.check(cuda::relu_input_gradient(p, launch.stream()));
+  launch.check(cuda::domain_input_gradient(p, launch.stream()));
   return input.scalar_type() == ScalarType::Float
              ? gradient
              : torch::stable::to(gradient, input.scalar_type());
@@ -305,6 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
   m.impl("_winograd_cuda_filter", TORCH_BOX(&pywino::filter));
   m.impl("_winograd_cuda_forward", TORCH_BOX(&pywino::forward));
   m.impl("_winograd_cuda_backward_weight", TORCH_BOX(&pywino::backward_weight));
-  m.impl("_winograd_cuda_relu_backward_input", TORCH_BOX(&pywino::relu_backward_input));
+  m.impl("_winograd_cuda_domain_backward_input", TORCH_BOX(&pywino::domain_backward_input));
   m.impl("_winograd_cuda_direct", TORCH_BOX(&pywino::direct));
 }

@@ -6,7 +6,7 @@ from torch import Tensor, get_autocast_dtype
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from pywino import backends, planner
+from pywino import planner
 from pywino.functional._checks import (
     autocasts,
     check_choice,
@@ -14,7 +14,7 @@ from pywino.functional._checks import (
     check_tensors,
 )
 from pywino.ops import _winograd_domain as ops
-from pywino.ops._kernels import Kernel
+from pywino.ops._kernels import kernel_in_domain
 from pywino.reference import winograd as reference
 
 _OP = "winograd_domain_conv2d"
@@ -66,8 +66,6 @@ def run_winograd_domain_conv2d(
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
-    call = planner.describe(_OP, input, weight, padding, dilation)._replace(dtype=dtype)
-    kernel = backend in ("auto", "cpu") and backends.can_run("cpu", call, f"f{tile}") is None
     tensors = (input, weight, bias, residual)
     gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_dynamo_compiling():
@@ -76,14 +74,18 @@ def run_winograd_domain_conv2d(
         output = reference.winograd_domain_conv2d(input, weight, bias, padding, dilation, tile)
         output = output if fused is None else output + fused
         output = output if relu is None else output.relu()
-    elif kernel and not gradients:
-        filter = cache.filter(weight, Kernel("cpu", tile, False, winograd_relu=True))
-        output = ops.native_forward(
-            input.to(dtype), filter, bias, fused, k, tile, padding, dilation, relu == "relu"
-        )
+    elif not gradients and (kernel := _kernel(input, weight, padding, dilation, dtype, backend)):
+        filter = cache.filter(weight, kernel)
+        where = (padding, dilation, relu == "relu")
+        output = kernel.forward(input.to(dtype), filter, bias, fused, k, *where)
     else:
         output = torch.ops.pywino.winograd_domain_conv2d.default(*arguments, relu, tile, backend)
     if fused is residual:
         return output
     output = output + residual
     return output if activation is None else output.relu()
+
+
+def _kernel(input, weight, padding, dilation, dtype, backend):
+    call = planner.describe(_OP, input, weight, padding, dilation)._replace(dtype=dtype)
+    return kernel_in_domain(call, weight.shape[-1] - 2, backend, kept=True)

@@ -31,7 +31,8 @@ def masked_conv2d(input, mask, weight, bias=None, padding="same", dilation=1, *,
         padding: "same", or the numbers that mean the same.
         dilation: an integer or two.
         backend: "auto" | "aten" | "cpu", "cuda", "triton" (visit the mask's pixels, however many).
-            On a GPU "auto" is "aten": the host does not know how many pixels a mask has.
+            On a GPU "auto" counts the mask's pixels, which the host waits for, only where that is
+            small beside the dense convolution; else it is the dense one.
 
     Returns:
         (N, K, H, W) or (K, H, W) in input's dtype, channels_last iff the input is. NaN outside the

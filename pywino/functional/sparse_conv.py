@@ -27,7 +27,8 @@ def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, 
         bias: (K,) or None.
         stride, padding, dilation: as in F.conv2d, padding="same" and "valid" included.
         backend: "auto" | "aten" | "cpu", "cuda", "triton" (skip the zeros, however few). On a GPU
-            "auto" is "aten": none has measured the kernels yet.
+            "auto" is "aten" here: only a layer, which packs once, can know of zeros without
+            waiting for the device.
 
     Returns:
         (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff the input is.
@@ -79,17 +80,29 @@ def run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, c
     if autocasts(input):
         dtype = get_autocast_dtype(input.device.type)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-    density = None
-    if input.device.type == "cpu":
-        density = cache.derived("densities", weight, ops.densities)
-    dtype = input.dtype
-    pattern = ops.choose(input, weight.to(dtype), *where, backend, density)
-    if pattern == "dense":
-        return ops.dense_forward(input, weight.to(dtype), bias, *where)
-    size = tuple(weight.shape[2:])
-    if input.device.type == "cpu":  # float32, whatever the call's dtype is
-        filter = cache.derived(pattern, weight, lambda weight: ops.pack(weight, pattern))
+    dtype, on_cpu = input.dtype, input.device.type == "cpu"
+
+    def filter_of(pattern):
+        make = lambda weight: ops.pack(weight if on_cpu else weight.to(dtype), pattern)  # noqa: E731
+        if on_cpu:  # float32, whatever the call's dtype is
+            return cache.derived(pattern, weight, make)
+        name = pattern, dtype, ops.is_strict(input)
+        if torch.cuda.is_current_stream_capturing():  # packing waits for the device
+            return cache.kept(name, weight)
+        return cache.derived(name, weight, make)
+
+    own = weight.to(dtype)
+    if on_cpu or backend != "auto":
+        density = cache.derived("densities", weight, ops.densities) if on_cpu else None
+        pattern = ops.choose(input, own, *where, backend, density)
     else:
-        make = lambda weight: ops.pack(weight.to(dtype), pattern)  # noqa: E731
-        filter = cache.derived((pattern, dtype), weight, make)
+        pattern = ops.choose_on_gpu(input, own, where, filter_of)
+    if pattern == "dense":
+        return ops.dense_forward(input, own, bias, *where)
+    filter, size = filter_of(pattern), tuple(weight.shape[2:])
+    if filter is None:
+        raise RuntimeError(
+            f"pywino.{op}: backend={backend!r} must have packed the weight before a CUDA graph is "
+            "captured, got a new weight; call the layer once before"
+        )
     return ops.run(pattern, input, filter, bias, len(weight), size, *where)

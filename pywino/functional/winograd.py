@@ -19,7 +19,7 @@ from pywino.functional._checks import (
     check_types,
 )
 from pywino.ops import winograd as ops
-from pywino.ops._kernels import kernel_of
+from pywino.ops._kernels import kernel_in_domain, kernel_of
 from pywino.reference import winograd as reference
 
 _ops = torch.ops.pywino
@@ -443,7 +443,7 @@ def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backe
         call = planner.describe(op, input, weight, padding, dilation)
         if autocasts(input):
             call = call._replace(dtype=get_autocast_dtype(call.device))
-        kernel = ops.relu_kernel(call, tile, backend)
+        kernel = kernel_in_domain(call, tile, backend, kept=True)
         if kernel:
             filter = cache.filter(weight, kernel)
             input = input.to(call.dtype)

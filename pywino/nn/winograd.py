@@ -52,18 +52,24 @@ class FilterCache:
         # own (functional_call).
         if type(weight) is not nn.Parameter or weight.is_inference():
             return make(weight)
+        filter = self.kept(name, weight)
+        if filter is not None:
+            return filter
         key = name, _instruction_set()
-        stamp = weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps
-        kept = self.filters.get(key)
-        if kept is not None and kept[0] is weight and kept[1] == stamp:
-            return kept[2]
-        if kept is not None:
+        if key in self.filters:
             self.filters.clear()  # those of other names are as old
         filter = make(weight)
         if not weight.is_shared():  # another process may write it
             _watch_optimizers()
-            self.filters[key] = weight, stamp, filter
+            self.filters[key] = weight, _stamp(weight), filter
         return filter
+
+    def kept(self, name, weight):
+        """What is kept under a name for this weight as it is, or None."""
+        kept = self.filters.get((name, _instruction_set()))
+        if kept is None or kept[0] is not weight or kept[1] != _stamp(weight):
+            return None
+        return kept[2]
 
     def frozen_filter(self, weight, kernel):
         """The filter of a frozen layer in a compiled graph, where `weight` is not the Parameter
@@ -88,6 +94,10 @@ class FilterCache:
 
     def __reduce__(self):
         return FilterCache, ()
+
+
+def _stamp(weight):
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps
 
 
 def _instruction_set():

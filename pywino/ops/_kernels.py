@@ -9,7 +9,7 @@ import torch
 
 from pywino import backends, planner
 from pywino.ops import _winograd_cuda
-from pywino.ops._winograd_domain import pack, pack_turned
+from pywino.ops._winograd_zeros import pack, pack_turned
 
 _ops = torch.ops.pywino
 _chosen = planner.memo()
@@ -37,20 +37,28 @@ class Kernel(NamedTuple):
     # "cpu": products in bf16. "cuda" and "triton": fp32 throughout (3xTF32), no fp16 inside.
     mode: bool
     winograd_relu: bool = False  # the weight is in the Winograd domain, and V goes through a ReLU
+    domain: bool = False  # the weight is in the Winograd domain, and V goes through none
+    skips: bool = False  # "cuda": the filter of a weight in the domain has no zeros
 
     def filter(self, weight, rotate=False):
         """The packed filter of a weight; `rotate`: of the input gradient."""
+        if self.backend == "cpu" and not self._spatial:
+            return pack_turned(weight, self.tile) if rotate else pack(weight, self.tile)
+        if self.skips:
+            return _winograd_cuda.pack(weight, self.tile, self.mode)
+        return self.whole_filter(weight, rotate)
+
+    def whole_filter(self, weight, rotate=False):
+        """The same with all zeros of the weight."""
         if self.backend == "cpu":
-            if self.winograd_relu:
-                return pack_turned(weight, self.tile) if rotate else pack(weight, self.tile)
-            return _ops._winograd_filter.default(weight, self.tile, rotate, self.mode)
+            if self._spatial:
+                return _ops._winograd_filter.default(weight, self.tile, rotate, self.mode)
+            return _ops._winograd_pack.default(weight, self.tile, rotate)
         if self.backend == "cuda":
             return _winograd_cuda.transform_filter(
-                weight, self.tile, self.mode, rotate, not self.winograd_relu
+                weight, self.tile, self.mode, rotate, self._spatial
             )
-        return _triton().transform_filter(
-            weight, self.tile, self._domain, rotate, not self.winograd_relu
-        )
+        return _triton().transform_filter(weight, self.tile, self._domain, rotate, self._spatial)
 
     def forward(self, input, filter, bias, residual, out_channels, padding, dilation, relu):
         """act(conv + bias + residual) of tensors as they come: strides, bias and residual are made
@@ -122,27 +130,28 @@ class Kernel(NamedTuple):
     def weight_gradient(self, grad, input, padding, dilation):
         """The gradient by the weight, of dense tensors of one layout."""
         arguments = (grad, input, self.tile, padding, dilation)
+        if self.backend == "triton":
+            return _triton().weight_gradient(*arguments, self.winograd_relu, self._domain)
+        kinds = (self._spatial, self.winograd_relu)
         if self.backend == "cpu":
-            spatial = not self.winograd_relu
-            return _ops._winograd_backward_weight.default(*arguments, spatial, self.winograd_relu)
-        if self.backend == "cuda":
-            return _winograd_cuda.weight_gradient(*arguments, self.winograd_relu, self.mode)
-        return _triton().weight_gradient(*arguments, self.winograd_relu, self._domain)
+            return _ops._winograd_backward_weight.default(*arguments, *kinds)
+        return _winograd_cuda.weight_gradient(*arguments, *kinds, self.mode)
 
-    def relu_input_gradient(self, grad, input, weight, padding, dilation):
-        """The gradient of the Winograd-ReLU layer by its input."""
+    def domain_input_gradient(self, grad, input, weight, padding, dilation):
+        """The gradient by the input, of a weight in the Winograd domain. Where V goes through no
+        ReLU, no element of the input is read."""
         filter = self.filter(weight, rotate=True)
+        arguments = (self.tile, padding, dilation)
+        if self.backend == "triton":
+            return _triton().relu_input_gradient(grad, input, *filter, *arguments, self._domain)
+        arguments = (grad, input, filter, *arguments, self.winograd_relu)
         if self.backend == "cpu":
-            return _ops._winograd_domain_backward_input.default(
-                grad, input, filter, self.tile, padding, dilation, True
-            )
-        if self.backend == "cuda":
-            return _winograd_cuda.relu_input_gradient(
-                grad, input, filter, self.tile, padding, dilation, self.mode
-            )
-        return _triton().relu_input_gradient(
-            grad, input, *filter, self.tile, padding, dilation, self._domain
-        )
+            return _ops._winograd_domain_backward_input.default(*arguments)
+        return _winograd_cuda.domain_input_gradient(*arguments, self.mode)
+
+    @property
+    def _spatial(self):
+        return not (self.winograd_relu or self.domain)
 
     @property
     def _domain(self):
@@ -159,7 +168,29 @@ def kernel_of(plan, call):
         mode = backends.uses_fast_products(call.precision, plan.tile)
     else:
         mode = backends.is_strict(call, plan.algorithm)
-    return Kernel(plan.backend, plan.tile, mode, call.op.startswith("winograd_relu_conv2d"))
+    kinds = (call.op.startswith(op) for op in ("winograd_relu_conv2d", "winograd_domain_conv2d"))
+    return Kernel(plan.backend, plan.tile, mode, *kinds)
+
+
+def kernel_in_domain(call, tile, backend, kept=False):
+    """The `Kernel` of a call with a weight in the Winograd domain, None for the reference: PyTorch
+    has no counterpart, so there is nothing to measure.
+
+    kept: the filter outlives the call. Then a GPU leaves zeros out where "cuda" was asked for: none
+    has measured that yet, and the packing waits for the device."""
+    if backend == "aten":
+        return None
+    algorithm = f"f{tile}"
+    names = (backend,)
+    if backend == "auto" or backends.lacks_gradient(backend, call, algorithm):
+        names = backends.of_device(call.device)
+    else:
+        planner.require(backend, call, algorithm)
+    for name in names:
+        if backends.can_run(name, call, algorithm) is None:
+            kernel = kernel_of(planner.Plan(name, algorithm), call)
+            return kernel._replace(skips=kept and backend == name == "cuda")
+    return None
 
 
 def backend_of(call, backend):

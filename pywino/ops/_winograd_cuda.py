@@ -5,18 +5,24 @@
     pywino::_winograd_cuda_forward   the three stages of F(m x m, 3 x 3)
     pywino::_winograd_cuda_direct    the direct convolution: tile 1
     pywino::_winograd_cuda_backward_weight        dW, also of a weight in the Winograd domain
-    pywino::_winograd_cuda_relu_backward_input    dX of the Winograd-ReLU layer
+    pywino::_winograd_cuda_domain_backward_input  dX of a weight in the Winograd domain
 
 `strict`: V, U and M in fp32, products by 3xTF32 (TF32 where `direct` is not strict). Else they are
 fp16 with a power of two for each tile and filter, summed in fp32. C' and K' are C and K rounded up
 to multiples of eight. The kernels are csrc/core/winograd/cuda_*.cu.
+
+A weight of the Winograd domain with zeros has a U without them, and `places` that say where its
+numbers lie (`pack`).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pywino import backends
+from pywino.ops import _packed
 from pywino.ops._library import define
 
 _ops = torch.ops.pywino
@@ -51,6 +57,7 @@ def _forward_fake(
     input,
     filter,
     scale,
+    places,
     bias,
     residual,
     out_channels,
@@ -86,8 +93,8 @@ def _backward_weight_fake(
     return input.new_empty((grad.shape[1], input.shape[1], size, size))
 
 
-def _relu_backward_input_fake(
-    grad, input, filter, scale, tile, padding, dilation, strict, workspace_limit
+def _domain_backward_input_fake(
+    grad, input, filter, scale, tile, padding, dilation, winograd_relu, strict, workspace_limit
 ):
     return _like(input.shape, input)
 
@@ -100,9 +107,9 @@ define(
     _filter_fake,
 )
 define(
-    "_winograd_cuda_forward(Tensor input, Tensor filter, Tensor scale, Tensor? bias, "
-    f"Tensor? residual, int out_channels, int tile, {_GEOMETRY}, bool relu, bool winograd_relu, "
-    "bool strict, int workspace_limit) -> Tensor",
+    "_winograd_cuda_forward(Tensor input, Tensor filter, Tensor scale, Tensor? places, "
+    f"Tensor? bias, Tensor? residual, int out_channels, int tile, {_GEOMETRY}, bool relu, "
+    "bool winograd_relu, bool strict, int workspace_limit) -> Tensor",
     None,
     _forward_fake,
 )
@@ -122,16 +129,44 @@ define(
     _backward_weight_fake,
 )
 define(
-    "_winograd_cuda_relu_backward_input(Tensor grad, Tensor input, Tensor filter, Tensor scale, "
-    f"int tile, {_GEOMETRY}, bool strict, int workspace_limit) -> Tensor",
+    "_winograd_cuda_domain_backward_input(Tensor grad, Tensor input, Tensor filter, Tensor scale, "
+    f"int tile, {_GEOMETRY}, bool winograd_relu, bool strict, int workspace_limit) -> Tensor",
     None,
-    _relu_backward_input_fake,
+    _domain_backward_input_fake,
 )
 
 
+class Filter(NamedTuple):
+    """A transformed weight."""
+
+    u: Tensor
+    scale: Tensor
+    # int32, of a U without zeros: in blocks (`_packed.Blocks` by tap) their `starts` and `entries`,
+    # of 2:4 the metadata, (taps, steps, K' / 16, 32).
+    places: Tensor | None = None
+
+
+# Blocks are left out where less than this part is kept: the lists cost something, too.
+_MOST = 0.9
+
+
 def transform_filter(weight, tile, strict, rotate=False, spatial=True):
-    """(U, scale) of a weight, for `forward`; tile 1: for the direct kernel."""
-    return _ops._winograd_cuda_filter.default(weight, tile, strict, rotate, spatial)
+    """The `Filter` of a weight, for `forward`; tile 1: for the direct kernel."""
+    return Filter(*_ops._winograd_cuda_filter.default(weight, tile, strict, rotate, spatial))
+
+
+def pack(weight, tile, strict):
+    """The `Filter` of a weight in the Winograd domain, without its blocks of zeros or in 2:4 where
+    it has them. Waits for the device; with all zeros where a CUDA graph is being captured."""
+    u, scale, _ = whole = transform_filter(weight, tile, strict, spatial=False)
+    if u.is_cuda and torch.cuda.is_current_stream_capturing():
+        return whole
+    packed, part = _packed.pack(u.permute(1, 2, 0).unsqueeze(3), by_tap=True)
+    if isinstance(packed, _packed.TwoOfFour):
+        return Filter(packed.values, scale, packed.metadata.unflatten(0, (len(u), -1)))
+    if part > _MOST:
+        return whole
+    return Filter(packed.values, scale, torch.cat([packed.starts, packed.entries]))
 
 
 def forward(
@@ -148,9 +183,9 @@ def forward(
     winograd_relu=False,
     workspace_limit=WORKSPACE_LIMIT,
 ):
-    """act(conv + bias + residual) with a filter from `transform_filter` of the same tile and
-    `strict`; `input` is dense."""
-    u, scale = filter
+    """act(conv + bias + residual) with a filter from `transform_filter` or `pack` of the same tile
+    and `strict`; `input` is dense."""
+    u, scale, places = filter
     if tile == 1:
         return _ops._winograd_cuda_direct.default(
             input, u, bias, residual, out_channels, padding, dilation, relu, strict
@@ -159,6 +194,7 @@ def forward(
         input,
         u,
         scale,
+        places,
         bias,
         residual,
         out_channels,
@@ -173,23 +209,21 @@ def forward(
 
 
 def weight_gradient(
-    grad, input, tile, padding, dilation, winograd_relu, strict, workspace_limit=WORKSPACE_LIMIT
+    grad,
+    input,
+    tile,
+    padding,
+    dilation,
+    spatial,
+    winograd_relu,
+    strict,
+    workspace_limit=WORKSPACE_LIMIT,
 ):
-    """dW of dense tensors in one memory format, contiguous; with `winograd_relu` that of the weight
-    in the Winograd domain. Sums over tiles in a fixed order."""
+    """dW of dense tensors in one memory format, contiguous; that of the weight in the Winograd
+    domain where it is not `spatial`. Sums over tiles in a fixed order."""
     peaks = (None, None) if strict else (_peaks(grad), _peaks(input))
-    return _ops._winograd_cuda_backward_weight.default(
-        grad,
-        input,
-        *peaks,
-        tile,
-        padding,
-        dilation,
-        not winograd_relu,
-        winograd_relu,
-        strict,
-        workspace_limit,
-    )
+    arguments = (grad, input, *peaks, tile, padding, dilation, spatial, winograd_relu, strict)
+    return _ops._winograd_cuda_backward_weight.default(*arguments, workspace_limit)
 
 
 def _peaks(tensor):
@@ -197,11 +231,20 @@ def _peaks(tensor):
     return torch.linalg.vector_norm(tensor, math.inf, (0, 2, 3)).float()
 
 
-def relu_input_gradient(
-    grad, input, filter, tile, padding, dilation, strict, workspace_limit=WORKSPACE_LIMIT
+def domain_input_gradient(
+    grad,
+    input,
+    filter,
+    tile,
+    padding,
+    dilation,
+    winograd_relu,
+    strict,
+    workspace_limit=WORKSPACE_LIMIT,
 ):
-    """dX of the Winograd-ReLU layer, of dense tensors in one memory format; `filter` is from
-    `transform_filter` with rotate=True, spatial=False."""
-    return _ops._winograd_cuda_relu_backward_input.default(
-        grad, input, *filter, tile, padding, dilation, strict, workspace_limit
+    """dX of a weight in the Winograd domain, of dense tensors in one memory format; `filter` is
+    from `transform_filter` with rotate=True, spatial=False."""
+    arguments = (grad, input, filter.u, filter.scale, tile, padding, dilation)
+    return _ops._winograd_cuda_domain_backward_input.default(
+        *arguments, winograd_relu, strict, workspace_limit
     )

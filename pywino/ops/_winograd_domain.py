@@ -7,77 +7,20 @@
     pywino::winograd_domain_conv2d_backward_weight   weight, so the three are closed under
                                                      differentiation
 
-W is (K, C, tile + 2, tile + 2). `pack` gives the native kernel W dense or without its zeros,
-whichever is the less work; Winograd-ReLU (pywino.ops.winograd) uses it too.
+W is (K, C, tile + 2, tile + 2). The CPU's kernels get W whole or without its zeros, whichever is
+the less work (_winograd_zeros.py); those of "cuda" leave zeros out where that backend was asked for
+(_winograd_cuda.py). PyTorch has no kernel of these ops: what is not covered is a composition.
 """
 
 import torch
-from torch.nn import functional as F
 
-from pywino import backends, planner
+from pywino import backends
 from pywino.backends import Call
+from pywino.ops._kernels import kernel_in_domain
 from pywino.ops._library import autocast, define, differentiable
 from pywino.reference import winograd as reference
 
 _ops = torch.ops.pywino
-
-# --- dense or sparse ---
-
-# A vector of the block kernel holds 16 output channels at most; blocks of 16 are whole vectors in
-# every instruction set.
-BLOCK = 16
-# The work of a product without zeros in units of the dense one, by the part of the weights (of
-# blocks) that is not zero: slope and what it costs in any case (transposed tiles). Break-even at
-# 91 and 45 %, about the worst of VGG's layers on Zen 4 (benches/bench_sparse_conv.py measures it).
-_BLOCKS = (1.0, 0.04)
-_UNSTRUCTURED = (1.8, 0.14)
-# Below this part of the dense work the sparse kernel wins for certain.
-_GAIN = 0.95
-
-
-def densities(weight):
-    """(part of the weights, part of the 16 x 1 blocks of a position) that are not zero."""
-    kept = weight != 0
-    blocks = F.pad(kept, (0, 0, 0, 0, 0, 0, 0, -len(kept) % BLOCK)).unflatten(0, (-1, BLOCK))
-    return kept.float().mean().item(), blocks.any(1).float().mean().item()
-
-
-def _is_full(weight):
-    """Whether no zero is in a sample of at most 128 x 128 kernels: to count those of a weight in
-    training would take longer than to pack it."""
-    k, c = (max(1, size // 64) for size in weight.shape[:2])
-    sample = weight[::k, ::c]
-    return sample.count_nonzero().item() == sample.numel()
-
-
-def pattern(weight):
-    """How to pack a weight of the Winograd domain: "dense", "blocks" or "unstructured"."""
-    if _is_full(weight):
-        return "dense"
-    single, blocks = densities(weight)
-    work = {
-        "dense": _GAIN,
-        "blocks": _BLOCKS[0] * blocks + _BLOCKS[1],
-        "unstructured": _UNSTRUCTURED[0] * single + _UNSTRUCTURED[1],
-    }
-    return min(work, key=work.get)
-
-
-def pack(weight, tile):
-    """What `_winograd_forward` takes for W: a float tensor, or an int32 one without the zeros."""
-    how = pattern(weight)
-    if how == "dense":
-        return _ops._winograd_pack.default(weight, tile, False)
-    return _ops._winograd_sparse_pack.default(weight, tile, False, how == "blocks")
-
-
-def pack_turned(weight, tile):
-    """What `_winograd_domain_backward_input` takes for W: a float tensor, or an int32 one without
-    the zeros. Blocks of output channels are none of the turned weight, so zeros are skipped one by
-    one."""
-    if not _is_full(weight) and _UNSTRUCTURED[0] * densities(weight)[0] + _UNSTRUCTURED[1] < _GAIN:
-        return _ops._winograd_sparse_pack.default(weight, tile, True, False)
-    return _ops._winograd_pack.default(weight, tile, True)
 
 
 def dense_call(input, weight, bias, padding, dilation, winograd_relu):
@@ -86,14 +29,15 @@ def dense_call(input, weight, bias, padding, dilation, winograd_relu):
     tile, op = weight.shape[-1] - 2, "winograd_domain_conv2d"
     if isinstance(padding, str):
         padding = dilation if padding == "same" else (0, 0)
-    if input.dim() != 4 or not _runs_native(
-        op, input, input.shape, len(weight), padding, dilation, tile, "auto"
-    ):
+    if input.dim() != 4:
         return None
-    filter = _ops._winograd_pack.default(weight, tile, False)
-    bias = None if bias is None else bias.float()
-    arguments = (filter, bias, None, len(weight), tile, padding, dilation, False, winograd_relu)
-    return lambda: _ops._winograd_forward.default(_dense(input), *arguments, False)
+    kernel = _kernel(op, input, input.shape, len(weight), padding, dilation, tile, "auto")
+    if kernel is None:
+        return None
+    kernel = kernel._replace(winograd_relu=winograd_relu)
+    filter = kernel.whole_filter(weight)
+    arguments = (filter, bias, None, len(weight), padding, dilation, False)
+    return lambda: kernel.forward(input, *arguments)
 
 
 # --- the op ---
@@ -139,35 +83,20 @@ def _check(input, weight, padding, dilation, tile):
     )
 
 
-def _runs_native(op, like, size, k, padding, dilation, tile, backend):
-    """PyTorch has no kernel of this op: the native one runs wherever it can."""
-    if backend == "aten":
-        return False
+def _kernel(op, like, size, k, padding, dilation, tile, backend):
     geometry = tuple(padding), tuple(dilation)
-    call = Call(op, *size, k, *geometry, like.dtype, device=like.device.type)
-    if backend != "auto":
-        planner.require(backend, call, f"f{tile}")
-    return backends.can_run("cpu", call, f"f{tile}") is None
-
-
-def native_forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu):
-    """`_winograd_forward` on tensors as they come; `filter` is from `pack`."""
-    input = _dense(input)
-    if bias is not None:
-        bias = bias.float().contiguous()
-    if residual is not None:
-        residual = residual.to(input.dtype).contiguous(memory_format=_format(input))
-    return _ops._winograd_forward.default(
-        input, filter, bias, residual, out_channels, tile, padding, dilation, relu, False, False
-    )
+    tf32 = backends.allows_tf32(like)
+    call = Call(op, *size, k, *geometry, like.dtype, device=like.device.type, tf32=tf32)
+    return kernel_in_domain(call, tile, backend)
 
 
 def _forward(input, weight, bias, residual, padding, dilation, activation, tile, backend):
     _check(input, weight, padding, dilation, tile)
     op, k, relu = "winograd_domain_conv2d", weight.shape[0], activation == "relu"
-    if _runs_native(op, input, input.shape, k, padding, dilation, tile, backend):
-        filter = pack(weight, tile)
-        return native_forward(input, filter, bias, residual, k, tile, padding, dilation, relu)
+    kernel = _kernel(op, input, input.shape, k, padding, dilation, tile, backend)
+    if kernel:
+        filter = kernel.filter(weight)
+        return kernel.forward(input, filter, bias, residual, k, padding, dilation, relu)
     output = reference.winograd_domain_conv2d(input, weight, bias, padding, dilation, tile)
     if residual is not None:
         output = output.add_(residual)
@@ -181,12 +110,10 @@ def _forward_fake(input, weight, bias, residual, padding, dilation, activation, 
 
 def _backward_input(grad, weight, padding, dilation, tile, backend):
     op, size = "winograd_domain_conv2d_backward_input", _input_size(grad, weight, padding, dilation)
-    if _runs_native(op, grad, size, weight.shape[0], padding, dilation, tile, backend):
-        filter = pack_turned(weight, tile)
+    kernel = _kernel(op, grad, size, weight.shape[0], padding, dilation, tile, backend)
+    if kernel:
         input = _empty(size, grad)  # its shape and layout are read, no element
-        return _ops._winograd_domain_backward_input.default(
-            _dense(grad), input, filter, tile, padding, dilation, False
-        )
+        return kernel.domain_input_gradient(_dense(grad), input, weight, padding, dilation)
     return reference.winograd_domain_backward_input(
         grad, weight, padding, dilation, tile
     ).contiguous(memory_format=_format(grad))
@@ -199,10 +126,9 @@ def _backward_input_fake(grad, weight, padding, dilation, tile, backend):
 def _backward_weight(grad, input, padding, dilation, tile, backend):
     op = "winograd_domain_conv2d_backward_weight"
     grad = grad.contiguous(memory_format=_format(input))
-    if _runs_native(op, input, input.shape, grad.shape[1], padding, dilation, tile, backend):
-        return _ops._winograd_backward_weight.default(
-            grad, _dense(input), tile, padding, dilation, False, False
-        )
+    kernel = _kernel(op, input, input.shape, grad.shape[1], padding, dilation, tile, backend)
+    if kernel:
+        return kernel.weight_gradient(grad, _dense(input), padding, dilation)
     gradient = reference.winograd_domain_backward_weight(grad, input, padding, dilation, tile)
     return gradient.contiguous()
 

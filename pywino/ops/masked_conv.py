@@ -9,10 +9,11 @@ A masked convolution's gradient by its input is a masked convolution again, of t
 What runs is chosen inside the kernels, on real tensors: the kernel that visits the mask's pixels
 alone, or a dense convolution of the masked input (Winograd's where that pays), where it is the
 faster one on this signature and density. On a GPU the host does not know how many pixels a mask
-has, and does not wait to be told: there "auto" is the dense convolution, and the kernels are the
-user's word. An output is channels_last iff the op's input is.
+has, and waits to be told only where that costs little beside the convolution; elsewhere "auto" is
+the dense one there. An output is channels_last iff the op's input is.
 """
 
+import functools
 import importlib
 
 import torch
@@ -42,14 +43,14 @@ def front(kernel_size, dilation):
 
 
 def covers(input, weight, padding, dilation, backend):
-    """Whether the kernel may run this call; an explicit backend that cannot raises the reason."""
+    """Whether a kernel may run this call; an explicit backend that cannot raises the reason."""
     if backend == "aten":
         return False
     call = planner.describe("masked_conv2d", input, weight, padding, dilation)
     if backend != "auto":
         planner.require(backend, call)
         return True
-    return backends.can_run("cpu", call) is None and planner.mode() != "off"
+    return backends.covers(call) and planner.mode() != "off"
 
 
 def run(input, mask, weight, bias, padding, dilation, backend, filter_of):
@@ -57,7 +58,11 @@ def run(input, mask, weight, bias, padding, dilation, backend, filter_of):
     if not covers(input, weight, padding, dilation, backend):
         return dense_forward(input, mask, weight, bias, padding, dilation)
     where = (padding, dilation)
-    if backend in ("cuda", "triton"):
+    if input.device.type != "cpu":
+        if backend == "auto":
+            backend = choose_on_gpu(input, mask, weight, *where, filter_of)
+        if backend == "dense":
+            return dense_forward(input, mask, weight, bias, *where)
         return gpu_forward(input, mask, filter_of(backend), bias, *where, backend)
     list, place = pixels_of(mask, len(input))
     if choose(input, list, weight, *where, backend) == "dense":
@@ -77,30 +82,80 @@ def choose(input, list, weight, padding, dilation, backend):
         return "pixels"
     if not planner.may_measure():
         return "pixels" if _SLOPE * density + _FIXED < 1 else "dense"
-    key = (planner.bucket(call), -(-density // 0.05), torch.get_num_threads(), native.host.isa())
+    key = (planner.bucket(call), _steps(density), torch.get_num_threads(), native.host.isa())
     choice = _choices.get(key)
     if choice is None:
-        wins = _beats_dense(input, density, weight, padding, dilation)
-        choice = planner.remember(_choices, key, "pixels" if wins else "dense")
+        filter, size = pack(weight), tuple(weight.shape[2:])
+        where = (padding, dilation)
+        pixels = lambda input, mask: native_forward(  # noqa: E731
+            input, *_ops._masked_pixels(mask), filter, None, len(weight), size, *where
+        )
+        seconds = _race({"pixels": pixels}, input, density, weight, *where)
+        choice = planner.remember(_choices, key, _winner(seconds))
     return choice
 
 
-def _beats_dense(input, density, weight, padding, dilation):
-    """On a mask of this density in rows from the top: what lies where hardly matters to either."""
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        input, weight = input.detach(), weight.detach()
-        mask = torch.zeros(len(input), 1, *input.shape[2:], dtype=torch.bool)
-        mask.view(-1)[: int(density * mask.numel())] = True
-        filter, size = pack(weight), tuple(weight.shape[2:])
+def choose_on_gpu(input, mask, weight, padding, dilation, filter_of):
+    """ "dense", "cuda" or "triton": what runs a call that is covered.
+
+    How many pixels the mask has is asked, and waited for, only where that is small beside the dense
+    convolution; nothing is asked while a CUDA graph is captured."""
+    if not planner.may_measure():
+        return "dense"
+    call = planner.describe("masked_conv2d", input, weight, padding, dilation)
+    where, bucket = (padding, dilation), planner.bucket(call)
+    asks = _choices.get(bucket)
+    if asks is None:
+
+        def asked(input, mask):
+            _density(mask)
+            return dense_forward(input, mask, weight, None, *where)
+
+        seconds = _race({"asked": asked}, input, 1, weight, *where)
+        asks = planner.MARGIN * seconds["asked"] < seconds["dense"]
+        planner.remember(_choices, bucket, asks)
+    if not asks:
+        return "dense"
+    density = _density(mask)
+    key = bucket, _steps(density)
+    choice = _choices.get(key)
+    if choice is None:
         runs = {
-            "pixels": lambda: native_forward(
-                input, *_ops._masked_pixels(mask), filter, None, len(weight), size, padding,
-                dilation,
-            ),
-            "dense": lambda: dense_forward(input, mask, weight, None, padding, dilation),
-        }  # fmt: skip
-        best = planner.race(runs, _CALLS)
-    return best["pixels"] < planner.MARGIN * best["dense"]
+            name: lambda input, mask, name=name: gpu_forward(
+                input, mask, filter_of(name), None, *where, name
+            )
+            for name in backends.able(call)
+        }
+        seconds = _race(runs, input, density, weight, *where)
+        choice = planner.remember(_choices, key, _winner(seconds))
+    return choice
+
+
+def _density(mask):
+    """The part of its pixels that a mask has; waits for the device."""
+    return mask.count_nonzero().item() / max(1, mask.numel())
+
+
+def _steps(density):
+    return -(-density // 0.05)
+
+
+def _winner(seconds):
+    best = min(seconds, key=seconds.get)
+    return best if seconds[best] < planner.MARGIN * seconds["dense"] else "dense"
+
+
+def _race(runs, input, density, weight, padding, dilation):
+    """Seconds of functions of input and mask, and of the dense convolution, on a mask of this
+    density in rows from the top: what lies where hardly matters to any."""
+    device = input.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        input, weight = input.detach(), weight.detach()
+        mask = torch.zeros(len(input), 1, *input.shape[2:], dtype=torch.bool, device=device)
+        mask.view(-1)[: int(density * mask.numel())] = True
+        dense = lambda: dense_forward(input, mask, weight, None, padding, dilation)  # noqa: E731
+        own = {name: functools.partial(run, input, mask) for name, run in runs.items()}
+        return planner.race({**own, "dense": dense}, _CALLS, device.type)
 
 
 def pixels_of(mask, count):

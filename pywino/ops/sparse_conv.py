@@ -10,31 +10,26 @@
 What runs is chosen inside the kernels, on real tensors: PyTorch's dense convolution, or the kernel
 that skips zeros, where it was the faster one on this signature and density. The gradient of the
 weight is that of the dense weight: a zero of the weight has a gradient too, and
-`pywino.pruning.Pruner` masks it. On a GPU "auto" is PyTorch's convolution, and the kernels that
-skip blocks of zeros are the user's word: none has measured them yet. An output is channels_last iff
-the op's input is.
+`pywino.pruning.Pruner` masks it. On a GPU these ops take PyTorch's convolution for "auto": the host
+would wait for the device in each call to learn where zeros are. A layer that keeps its filter
+packed knows, and measures (`choose_on_gpu`). An output is channels_last iff the op's input is.
 """
 
+import functools
 import importlib
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from pywino import _native as native
 from pywino import backends, planner
+from pywino.ops import _packed
 from pywino.ops._library import autocast, define, differentiable
 
 _ops = torch.ops.pywino
 _choices = planner.memo()
 
 BLOCK = 16  # output channels of a block; whole vectors in every instruction set
-# A block of a GPU: so many input and output channels of one tap. Why they are so many is in
-# csrc/core/sparse_conv/README.md.
-GPU_CHANNELS = 32
-GPU_GROUPS = (128, 64)
-_GPU_PIXELS = 128  # output pixels that share a block
 # The time of the kernels in units of PyTorch's dense convolution, by the part of the weights (of
 # the 16 x 1 blocks) that is not zero: slope and what it costs in any case. Decides where nothing is
 # measured, and which of the two is measured.
@@ -120,77 +115,48 @@ def _times(input, weight, stride, padding, dilation, pattern):
     return best
 
 
-class Blocks(NamedTuple):
-    """A filter without its blocks of zeros, for a GPU: those of a group of output channels behind
-    one another, by tap and then input channels."""
+def choose_on_gpu(input, weight, where, filter_of):
+    """ "dense", "cuda" or "triton": what runs a call of a layer that keeps its filter, measured as
+    on the CPU. filter_of(backend): the weight, packed for it, None where that cannot be now."""
+    call = planner.describe("sparse_conv2d", input, weight, *where[1:], stride=where[0])
+    if planner.mode() == "off":
+        return "dense"
+    filters = {name: filter_of(name) for name in backends.able(call)}
+    if not filters or None in filters.values():
+        return "dense"
+    what = ", ".join(f"{name} {_packed.describe(f, weight)}" for name, f in filters.items())
+    key = planner.bucket(call), what
+    choice = _choices.get(key)
+    if choice is None:
+        plan = planner.measured(call, what, lambda: _times_on_gpu(input, weight, where, filters))
+        if plan is None:
+            return "dense"
+        choice = "dense" if plan.backend == "aten" else plan.backend
+        planner.remember(_choices, key, choice)
+    return choice
 
-    values: Tensor  # (blocks, output channels of a group, GPU_CHANNELS), zeros in what sticks out
-    entries: Tensor  # (blocks,) int32: tap * ceil(C / GPU_CHANNELS) + number of its input channels
-    starts: Tensor  # (groups + 1,) int32: where each group begins, and the number of blocks
+
+def _times_on_gpu(input, weight, where, filters):
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        input, weight = input.detach(), weight.detach()
+        own = (None, len(weight), tuple(weight.shape[2:]), *where)
+        runs = {"aten": lambda: torch.conv2d(input, weight, None, *where)}
+        for name, filter in filters.items():
+            runs[planner.label(name, "direct")] = functools.partial(
+                gpu_forward, name, input, filter, *own
+            )
+        best = planner.race(runs, _CALLS, input.device.type)
+    return {name: t + _PYTHON * (name != "aten") for name, t in best.items()}
 
 
 def pack(weight, pattern, rotate=False):
     """The weight without its zeros, for `run`."""
     if pattern in ("cuda", "triton"):
         weight = weight.flip(2, 3).transpose(0, 1) if rotate else weight
-        blocks = pack_blocks(weight)
-        if pattern == "cuda" and weight.element_size() == 2:
-            # Sparse tensor cores do twice as much: more than blocks where half of them are kept.
-            every = -(-len(weight) // blocks.values.shape[1]) * weight[0, 0].numel()
-            every *= -(-weight.shape[1] // GPU_CHANNELS)
-            if 2 * len(blocks.values) > every:
-                return pack_two_of_four(weight) or blocks
-        return blocks
+        if pattern == "triton":
+            return _packed.pack_blocks(weight)
+        return _packed.pack(weight, strict=is_strict(weight))[0]
     return _ops._sparse_pack.default(weight, rotate, pattern == "blocks")
-
-
-def pack_blocks(weight):
-    """The `Blocks` of a weight, in groups of 64 or 128 output channels, with what costs less.
-
-    A block of G output channels is read for every _GPU_PIXELS pixels, and its input once: it costs
-    1 / G + 1 / _GPU_PIXELS bytes an operation. The host waits for the device to know the sizes."""
-    cut = {group: _cut(weight, group) for group in GPU_GROUPS}
-    kept = {group: blocks.flatten(3).ne(0).any(3) for group, blocks in cut.items()}
-    cost = {g: k.sum().item() * g * (1 / g + 1 / _GPU_PIXELS) for g, k in kept.items()}
-    group = min(cost, key=cost.get)
-    keep = kept[group].flatten(1)
-    starts = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    values = cut[group].flatten(1, 2)[keep].contiguous()
-    return Blocks(values, keep.nonzero()[:, 1].int(), starts)
-
-
-class TwoOfFour(NamedTuple):
-    """A filter of which at most two of every four neighbouring input channels are not zero, for
-    sparse tensor cores (csrc/core/common/sparse_gemm.cuh). Steps are taps, and in them 64 input
-    channels each."""
-
-    values: Tensor  # (steps, K', 32): the two of each four; K' is K rounded up to 128
-    metadata: Tensor  # (steps, K' / 16, 32) int32: their places
-
-
-def pack_two_of_four(weight):
-    """The `TwoOfFour` of a weight, None where one of its fours has three numbers or four."""
-    fours = F.pad(weight.flatten(2), (0, 0, 0, -weight.shape[1] % 64, 0, -len(weight) % 128))
-    fours = fours.unflatten(1, (-1, 16, 4)).permute(4, 1, 0, 2, 3).flatten(0, 1)
-    kept = fours != 0
-    if (kept.sum(-1) > 2).any():
-        return None
-    places = kept.byte().sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values
-    values = fours.gather(-1, places).flatten(2)
-    # 16 bits for every 16 channels, two a place. Word 4 g + 2 s + h: rows g and g + 8, channels
-    # 32 s + 16 h and on.
-    halves = places.unflatten(2, (2, 2, 4)).flatten(4) << 2 * torch.arange(8, device=places.device)
-    low, high = halves.sum(-1).unflatten(1, (-1, 2, 8)).unbind(2)
-    return TwoOfFour(values, (low | high << 16).flatten(2).int())
-
-
-def _cut(weight, group):
-    """(groups, taps, chunks, output channels of a group, GPU_CHANNELS) of a (K, C, height, width)
-    weight."""
-    k, c = weight.shape[:2]
-    taps = F.pad(weight.flatten(2), (0, 0, 0, -c % GPU_CHANNELS, 0, -k % group))
-    taps = taps.unflatten(0, (-1, group)).unflatten(2, (-1, GPU_CHANNELS))
-    return taps.permute(0, 4, 2, 1, 3)
 
 
 def run(pattern, input, filter, bias, out_channels, *where):
@@ -201,10 +167,20 @@ def run(pattern, input, filter, bias, out_channels, *where):
     return native_forward(input, filter, bias, out_channels, *where)
 
 
+def is_strict(tensor):
+    """Whether a GPU must multiply these numbers as float32 ones, not as TF32."""
+    return tensor.dtype == torch.float32 and not backends.allows_tf32(tensor)
+
+
 def gpu_forward(backend, input, filter, bias, out_channels, *where):
     if bias is not None:
         bias = bias.float().contiguous()
-    strict = input.dtype == torch.float32 and not backends.allows_tf32(input)
+    if isinstance(filter, _packed.Csr):
+        kernel_size, stride, (down, right), dilation = where
+        planes = F.pad(input, (right, right, down, down)).contiguous()
+        output = _ops._sparse_cuda_csr.default(planes, *filter, bias, kernel_size, stride, dilation)
+        return output.contiguous(memory_format=_format(input))
+    strict = is_strict(input)
     if backend == "triton":
         return _triton().forward(_dense(input), *filter, bias, out_channels, *where, strict)
     # Pixels that are whole 16 bytes, side by side, as the kernel reads them.
@@ -214,7 +190,7 @@ def gpu_forward(backend, input, filter, bias, out_channels, *where):
     if pixels.data_ptr() % 16:
         pixels = pixels.clone()
     arguments = (pixels, *filter, bias, out_channels, *where)
-    if isinstance(filter, TwoOfFour):
+    if isinstance(filter, _packed.TwoOfFour):
         output = _ops._sparse_cuda_two_of_four.default(*arguments)
     else:
         output = _ops._sparse_cuda_forward.default(*arguments, strict)
@@ -417,6 +393,11 @@ def _native_forward_fake(input, filter, bias, out_channels, kernel_size, stride,
     return _empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
+def _csr_fake(input, values, entries, starts, bias, kernel_size, stride, dilation):
+    weight = input.new_empty(()).expand(len(starts) - 1, input.shape[1], *kernel_size)
+    return input.new_empty(_output_size(input, weight, stride, (0, 0), dilation))
+
+
 def _two_of_four_fake(
     input, values, metadata, bias, out_channels, kernel_size, stride, padding, dilation
 ):
@@ -447,4 +428,10 @@ define(
     f"int out_channels, int[2] kernel_size, {_GEOMETRY}) -> Tensor",
     None,
     _two_of_four_fake,
+)
+define(
+    "_sparse_cuda_csr(Tensor input, Tensor values, Tensor entries, Tensor starts, Tensor? bias, "
+    "int[2] kernel_size, int[2] stride, int[2] dilation) -> Tensor",
+    None,
+    _csr_fake,
 )

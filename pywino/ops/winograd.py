@@ -23,7 +23,7 @@ import torch
 
 from pywino import backends, planner
 from pywino.backends import Call
-from pywino.ops._kernels import kernel_of
+from pywino.ops._kernels import kernel_in_domain, kernel_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import winograd as reference
 
@@ -119,17 +119,10 @@ def _choose(
         # In a graph "f4" means f4 where it can run: the caller has refused what must be refused.
         if backend == "auto" and not backends.covers(call, algorithm):
             algorithm = "auto"
-        if _lacks_gradient(backend, call, algorithm):
+        if backends.lacks_gradient(backend, call, algorithm):
             algorithm = backend = "auto"
         plan = planner.remember(_routes, key, planner.choose(call, algorithm, backend))
     return kernel_of(plan, call) if plan.tile else None
-
-
-def _lacks_gradient(backend, call, algorithm):
-    """Whether `backend`, which ran the forward, has no kernel for this gradient; any may do it."""
-    if backend in ("auto", "aten") or "_backward_" not in call.op:
-        return False
-    return backends.can_run(backend, call, algorithm) is not None
 
 
 # --- winograd_conv2d ---
@@ -381,7 +374,7 @@ autocast("_winograd_conv2d_frozen")
 # --- winograd_relu_conv2d ---
 
 
-def _relu_kernel(op, like, n, c, h, w, k, padding, dilation, tile, backend):
+def _relu_kernel(op, like, n, c, h, w, k, padding, dilation, tile, backend, kept=False):
     """The `Kernel` that runs this call, None for the reference; PyTorch has no counterpart, so
     there is nothing to measure."""
     call = Call(
@@ -397,23 +390,7 @@ def _relu_kernel(op, like, n, c, h, w, k, padding, dilation, tile, backend):
         device=like.device.type,
         tf32=backends.allows_tf32(like),
     )
-    return relu_kernel(call, tile, backend)
-
-
-def relu_kernel(call, tile, backend):
-    """The `Kernel` of a Winograd-ReLU call on its device, None for the reference."""
-    if backend == "aten":
-        return None
-    algorithm = f"f{tile}"
-    names = (backend,)
-    if backend == "auto" or _lacks_gradient(backend, call, algorithm):
-        names = backends.of_device(call.device)
-    else:
-        planner.require(backend, call, algorithm)
-    for name in names:
-        if backends.can_run(name, call, algorithm) is None:
-            return kernel_of(planner.Plan(name, algorithm), call)
-    return None
+    return kernel_in_domain(call, tile, backend, kept)
 
 
 def _relu_forward(input, weight, bias, padding, dilation, tile, backend):
@@ -441,7 +418,7 @@ def _relu_backward_input(grad, input, weight, padding, dilation, tile, backend):
     k = weight.shape[0]
     kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
     if kernel:
-        return kernel.relu_input_gradient(grad, _dense(input), weight, padding, dilation)
+        return kernel.domain_input_gradient(grad, _dense(input), weight, padding, dilation)
     gradient = reference.winograd_relu_backward_input(grad, input, weight, padding, dilation, tile)
     return gradient.contiguous(memory_format=_format(input))
 
@@ -520,7 +497,7 @@ autocast("winograd_relu_conv2d")
 def _frozen_relu_forward(input, weight, bias, padding, dilation, tile, backend, token):
     op, k = "winograd_relu_conv2d", weight.shape[0]
     cache = frozen.get(token)
-    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
+    kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend, True)
     if not kernel or cache is None:
         return _relu_forward(input, weight, bias, padding, dilation, tile, backend)
     filter = cache.frozen_filter(weight, kernel)

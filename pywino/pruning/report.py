@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import io
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pywino import planner
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.ops import _winograd_domain as domain_ops
 from pywino.pruning.specs import NM, Block
@@ -140,7 +140,11 @@ def report(model: nn.Module, example: Any = None) -> Report:
                 hook.remove()
             for module, input in inputs.items():
                 row = rows[module]
-                row.dense, row.pruned = _time(_dense(module, input), lambda: module(input))  # noqa: B023
+                row.dense, row.pruned = _time(
+                    _dense(module, input),
+                    lambda: module(input),  # noqa: B023
+                    input.device.type,
+                )
     finally:
         for hook in hooks:
             hook.remove()
@@ -185,16 +189,12 @@ def _dense(module: nn.Module, input: Tensor):
     return domain_ops.dense_call(input, weight, module.bias, module.padding, module.dilation, relu)
 
 
-def _time(dense, pruned) -> tuple[float | None, float]:
-    best = {function: float("inf") for function in (dense, pruned) if function is not None}
-    for function in best:
-        function()
-    for _ in range(CALLS):
-        for function in best:
-            start = time.perf_counter()
-            function()
-            best[function] = min(best[function], time.perf_counter() - start)
-    return best.get(dense), best[pruned]
+def _time(dense, pruned, device: str) -> tuple[float | None, float]:
+    runs = {"dense": dense, "pruned": pruned} if dense else {"pruned": pruned}
+    for run in runs.values():
+        run()
+    best = planner.race(runs, CALLS, device)
+    return best.get("dense"), best["pruned"]
 
 
 def _ms(seconds: float | None) -> str:

@@ -11,6 +11,7 @@ from torch.library import opcheck
 warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
 torch.ops.load_library(sys.argv[1])
 
+from pywino.ops import _packed  # noqa: E402
 from pywino.ops import masked_conv as masked_ops  # noqa: E402
 from pywino.ops import sparse_conv as sparse_ops  # noqa: E402
 from pywino.ops._kernels import Kernel  # noqa: E402
@@ -87,10 +88,55 @@ def check_relu_gradients(dtype, strict, bound, last):
     dw = kernel.weight_gradient(grad, x, (1, 1), (1, 1))
     expected = reference.winograd_relu_backward_weight(g64, x64, 1, 1, 4)
     assert error(dw, expected) <= bound, (dtype, error(dw, expected))
-    dx = kernel.relu_input_gradient(grad, x, weight, (1, 1), (1, 1))
+    dx = kernel.domain_input_gradient(grad, x, weight, (1, 1), (1, 1))
     expected = reference.winograd_relu_backward_input(g64, x64, w64, 1, 1, 4)
     assert error(dx, expected) <= bound, (dtype, error(dx, expected))
     assert (dx.dtype, dx.stride()) == (dtype, x.stride())
+
+
+def check_domain(dtype, strict, bound, last):
+    """A weight in the Winograd domain: whole, in blocks, and 2:4."""
+    torch.manual_seed(0)
+    x, bias, residual = torch.randn(2, 72, 9, 8), torch.randn(70), torch.randn(2, 70, 9, 8)
+    weight, grad = torch.randn(70, 72, 6, 6) / 25, torch.randn(2, 70, 9, 8)
+    if last:
+        x, grad = (t.contiguous(memory_format=channels_last) for t in (x, grad))
+    x, bias, residual, weight, grad = (t.to(dtype) for t in (x, bias, residual, weight, grad))
+    whole = Kernel("cuda", 4, strict, domain=True)
+    kernel = whole._replace(skips=True)
+    blocks, fours = weight.clone(), weight.clone()
+    blocks[:, :64, :, 1:] = 0
+    fours[:, 1::4] = fours[:, 2::4] = 0
+    for w, dims in ((weight, None), (blocks, 1), (fours, None if strict else 4)):
+        filter = kernel.filter(w)
+        assert dims == (None if filter.places is None else filter.places.dim())
+        y = kernel.forward(x, filter, bias, residual, 70, (1, 1), (1, 1), True)
+        expected = reference.winograd_domain_conv2d(
+            *(t.double() for t in (x, w, bias)), 1, 1, 4
+        ).add(residual.double()).relu()  # fmt: skip
+        assert error(y, expected) <= bound, (dtype, dims, error(y, expected))
+        assert (y.dtype, y.is_contiguous()) == (dtype, not last)
+        filter = kernel._replace(domain=False, winograd_relu=True).filter(w)
+        y = kernel._replace(winograd_relu=True).forward(
+            x, filter, bias, None, 70, (1, 1), (1, 1), False
+        )
+        expected = reference.winograd_relu_conv2d(
+            *(t.double() for t in (x, w, bias)), 1, 1, tile=4
+        )  # fmt: skip
+        assert error(y, expected) <= bound, (dtype, dims, error(y, expected))
+    dx = whole.domain_input_gradient(grad, x * torch.nan, weight, (1, 1), (1, 1))
+    expected = reference.winograd_domain_backward_input(grad.double(), weight.double(), 1, 1, 4)
+    assert error(dx, expected) <= bound, (dtype, error(dx, expected))
+    dw = whole.weight_gradient(grad, x, (1, 1), (1, 1))
+    expected = reference.winograd_domain_backward_weight(grad.double(), x.double(), 1, 1, 4)
+    assert error(dw, expected) <= bound, (dtype, error(dw, expected))
+    rest = (None, None, 70, 4, (1, 1), (1, 1), False, False, strict, 1 << 28)
+    forward = ops._winograd_cuda_forward
+    tests = ("test_schema", "test_faketensor")
+    opcheck(forward.default, (x, *kernel.filter(blocks), *rest), test_utils=tests)
+    u, scale, places = kernel.filter(blocks)
+    for wrong in ((u[1:], scale, places), (u, scale, places.long()), (u, scale, places[None])):
+        refuses("made for other channels", forward, x, *wrong, *rest)
 
 
 def check_alignment():
@@ -111,7 +157,7 @@ def check_alignment():
     expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
     assert error(dw, expected) <= 2e-3, error(dw, expected)
     weight = torch.randn(16, 8, 6, 6).half()
-    dx = kernel._replace(winograd_relu=True).relu_input_gradient(grad, x, weight, (1, 1), (1, 1))
+    dx = kernel._replace(winograd_relu=True).domain_input_gradient(grad, x, weight, (1, 1), (1, 1))
     exact = (t.double() for t in (grad, x, weight))
     expected = reference.winograd_relu_backward_input(*exact, 1, 1, 4)
     assert error(dx, expected) <= 2e-3, error(dx, expected)
@@ -129,8 +175,8 @@ def check_opcheck():
             arguments = (x, u, None, None, 9, (1, 1), (1, 1), True, True)
             op = ops._winograd_cuda_direct.default
         else:
-            arguments = (x, u, scale, None, None, 9, tile, (1, 1), (1, 1), True, False, strict)
-            arguments = (*arguments, 1 << 28)
+            arguments = (x, u, scale, None, None, None, 9, tile, (1, 1), (1, 1), True, False)
+            arguments = (*arguments, strict, 1 << 28)
             op = ops._winograd_cuda_forward.default
         opcheck(op, arguments, test_utils=tests)
     grad = torch.randn(2, 9, 7, 6).contiguous(memory_format=channels_last)
@@ -138,14 +184,14 @@ def check_opcheck():
     arguments = (grad, x, None, None, *geometry, True, False, True, 1 << 28)
     opcheck(ops._winograd_cuda_backward_weight.default, arguments, test_utils=tests)
     turned = ops._winograd_cuda_filter(torch.randn(9, 8, 6, 6), 4, True, True, False)
-    arguments = (grad, x, *turned, *geometry, True, 1 << 28)
-    opcheck(ops._winograd_cuda_relu_backward_input.default, arguments, test_utils=tests)
+    arguments = (grad, x, *turned, *geometry, True, True, 1 << 28)
+    opcheck(ops._winograd_cuda_domain_backward_input.default, arguments, test_utils=tests)
 
 
 def check_refusals():
     x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
     u, scale = ops._winograd_cuda_filter(weight, 4, True, False, True)
-    rest = (None, None, 8, 4, (1, 1), (1, 1), False, False)
+    rest = (None, None, None, 8, 4, (1, 1), (1, 1), False, False)
     forward = ops._winograd_cuda_forward
     refuses("workspace_limit must be at least", forward, x, u, scale, *rest, True, 1000)
     refuses("another tile or another precision", forward, x, u, scale, *rest, False, 1 << 28)
@@ -161,7 +207,8 @@ def check_refusals():
         "float32 number for each channel", by_weight, grad, x, None, None, *rest, False, 1 << 28
     )
     refuses("workspace_limit must be", by_weight, grad, x, None, None, *rest, True, 1000)
-    by_input, rest = ops._winograd_cuda_relu_backward_input, (4, (1, 1), (1, 1), True, 1 << 28)
+    by_input = ops._winograd_cuda_domain_backward_input
+    rest = (4, (1, 1), (1, 1), True, True, 1 << 28)
     refuses("made for other channels", by_input, grad.repeat(1, 2, 1, 1), x, u, scale, *rest)
     u, _ = ops._winograd_cuda_filter(weight, 1, True, False, True)
     direct = (u, None, None, 8, (1, 1), (1, 1), False, True)
@@ -251,9 +298,11 @@ def check_sparse(dtype, bound, last, c):
         refuses("multiple of 16 bytes", forward, x[:, :15].contiguous(memory_format=channels_last),
                 *given[1:])  # fmt: skip
         refuses("packed for another weight", forward, *given[:4], None, 200, *given[6:])
+    if dtype == torch.float32:
+        check_csr(x, weight, bias, bound, last, *where)
     weight[:, ::2] = 0
     filter = sparse_ops.pack(weight, "cuda")
-    assert isinstance(filter, sparse_ops.TwoOfFour) == (dtype != torch.float32)
+    assert isinstance(filter, _packed.TwoOfFour) == (dtype != torch.float32)
     y = sparse_ops.run("cuda", x, filter, bias, 70, *where)
     expected = torch.conv2d(x.double(), weight.double(), bias.double(), *where[1:])
     assert error(y, expected) <= bound, (dtype, error(y, expected))
@@ -263,6 +312,20 @@ def check_sparse(dtype, bound, last, c):
         opcheck(forward.default, given, test_utils=tests)
         refuses("packed for another weight", forward, *given[:3], None, 200, *given[5:])
         refuses("must be float16 or bfloat16", forward, x.float(), *given[1:])
+
+
+def check_csr(x, weight, bias, bound, last, *where):
+    weight = weight * (torch.rand_like(weight) < 0.1)
+    filter = sparse_ops.pack(weight, "cuda")
+    assert isinstance(filter, _packed.Csr)
+    y = sparse_ops.run("cuda", x, filter, bias, 70, *where)
+    expected = torch.conv2d(x.double(), weight.double(), bias.double(), *where[1:])
+    assert error(y, expected) <= bound, error(y, expected)
+    assert y.is_contiguous() == (not last)
+    given, forward = (x.contiguous(), *filter, bias, *where[:2], where[3]), ops._sparse_cuda_csr
+    opcheck(forward.default, given, test_utils=("test_schema", "test_faketensor"))
+    refuses("float32 and contiguous", forward, x.half().contiguous(), *given[1:])
+    refuses("int32 entries", forward, given[0], filter.values, filter.entries[1:], *given[3:])
 
 
 for last in (True, False):
@@ -290,6 +353,10 @@ for d in (8, 16):  # also beyond the image
     check_forward(2, False, torch.bfloat16, 2.6e-3, True, d=d)
     check_forward(4, True, torch.float32, 2.5e-6, False, d=d)
 check_winograd_relu()
+for last in (True, False):
+    check_domain(torch.float32, True, 2.5e-6, last)
+    check_domain(torch.float16, False, 2e-3, last)
+    check_domain(torch.bfloat16, False, 3e-3, last)
 check_alignment()
 check_opcheck()
 check_refusals()

@@ -13,7 +13,7 @@ from emulator.build import CSRC, HERE
 from emulator.harness import In, Out, Struct, bf16, from_bf16
 from emulator.mutate import Recipe
 
-from pywino.ops import sparse_conv as ops
+from pywino.ops import _packed as ops
 from pywino.reference import sparse_conv as reference
 
 SOURCE = HERE / "kernels" / "rooms.cu"
@@ -100,8 +100,25 @@ def check_two_of_four(kernel, case, **how):
     launch(kernel, "pywino_sparse_conv_two_of_four", case, weight, fields, **how)
 
 
+def check_csr(kernel, case, **how):
+    random = np.random.default_rng(case.k)
+    weight = random.standard_normal((case.k, case.c, *case.kernel)) / (9 * case.c) ** 0.5
+    kept = random.random(weight.shape) < case.density
+    kept[1], kept[-1] = False, True  # an empty list, and a long one
+    weight = torch.from_numpy((weight * kept).astype(np.float32))
+    values, entries, starts = (t.numpy() for t in ops.pack_csr(weight))
+    fields = {
+        "input": None,
+        "values": In(values),
+        "entries": In(entries),
+        "starts": In(starts),
+    }
+    launch(kernel, "pywino_sparse_conv_csr", case, weight, fields, **how)
+
+
 def launch(kernel, launcher, case, weight, fields, **how):
-    """Launches a kernel with its own fields of the struct, and looks at the output."""
+    """Launches a kernel with its own fields of the struct, and looks at the output; that of CSR
+    reads and writes planes, and its input has the padding."""
     random = np.random.default_rng(case.c)
     x, numbers = encoded(random.standard_normal((case.n, case.h, case.w, case.c)), case.dtype)
     bias = random.standard_normal(case.k).astype(np.float32)
@@ -113,13 +130,22 @@ def launch(kernel, launcher, case, weight, fields, **how):
         torch.from_numpy(bias).double() if case.bias else None,
         *where,
     )
-    exact = exact.permute(0, 2, 3, 1).numpy()
+    planes = launcher.endswith("csr")
+    h, w, padding = case.h, case.w, case.padding
+    if planes:
+        (down, right), padding = case.padding, (0, 0)
+        x = np.pad(x.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (down, down), (right, right)))
+        h, w = x.shape[2:]
+        exact = exact.numpy()
+    else:
+        exact = exact.permute(0, 2, 3, 1).numpy()
+    where = (case.stride, padding, case.dilation)
     y = np.empty(exact.shape, x.dtype)
-    sizes = (case.n, case.c, case.h, case.w, case.k, *case.kernel)
+    sizes = (case.n, case.c, h, w, case.k, *case.kernel)
     fields = {
         **{f"size{i}": c_int64(s) for i, s in enumerate(sizes)},
         **{f"where{i}": c_int64(s) for i, s in enumerate(s for pair in where for s in pair)},
-        "last": c_bool(True),
+        "last": c_bool(not planes),
         "dtype": c_int(DTYPES[case.dtype.removeprefix("t")]),
         **fields,
         "input": In(x),
@@ -149,6 +175,21 @@ def test_two_of_four(emulate, run, case):
     check_two_of_four(emulate(SOURCE, mode), case, schedule=schedule)
 
 
+CSR = [
+    Case(dtype="f32", density=0.1),
+    # More pixels than a warp has, more terms than a partial sum.
+    Case(n=1, c=24, h=19, w=17, k=9, density=0.9, dtype="f32", bias=False),
+    Case(c=5, k=13, kernel=(5, 2), stride=(1, 3), padding=(2, 1), dilation=(2, 1), dtype="f32"),
+    Case(c=40, k=8, kernel=(1, 1), stride=(2, 2), padding=(0, 1), density=0.3, dtype="f32"),
+]
+
+
+@pytest.mark.parametrize("case", CSR, ids=str)
+def test_csr(emulate, run, case):
+    mode, schedule = run
+    check_csr(emulate(SOURCE, mode), case, schedule=schedule)
+
+
 def test_what_is_not_two_of_four():
     weight = torch.ones(4, 8, 1, 1)
     weight[:, ::2] = 0
@@ -158,6 +199,10 @@ def test_what_is_not_two_of_four():
 
 
 MUTATE = [
+    Recipe(
+        CSRC / "core" / "sparse_conv" / "cuda_csr.cu",
+        [functools.partial(check_csr, case=case) for case in CSR],
+    ),
     Recipe(
         CSRC / "core" / "sparse_conv" / "cuda.cu",
         [functools.partial(check_forward, case=case) for case in CASES],

@@ -283,7 +283,9 @@ def run_filter_gradient(kernel, case, s, peaks, **how):
     return gradient
 
 
-def run_input_gradient(kernel, tensors, m, tile_scale, filter_scale, first, gradient, **how):
+def run_input_gradient(
+    kernel, tensors, m, tile_scale, filter_scale, first, gradient, masked, **how
+):
     """Adds what tiles `first` and on of M give to `gradient`."""
     case = tensors.case
     for part in range(4):
@@ -299,7 +301,7 @@ def run_input_gradient(kernel, tensors, m, tile_scale, filter_scale, first, grad
             "domain": c_int(DOMAINS[case.domain]),
             "row": c_int(part // 2),
             "column": c_int(part % 2),
-            "input": In(tensors.layout(tensors.input)),
+            "input": In(tensors.layout(tensors.input)) if masked else None,
             "m": In(m),
             "tile_scale": In(tile_scale),
             "filter_scale": In(filter_scale),
@@ -564,7 +566,7 @@ def check_filter_gradient(kernel, case, **how):
     assert_rounded(actual, sums, sizes, case.dtype, TRANSFORM + splits)
 
 
-def check_input_gradient(kernel, case, **how):
+def check_input_gradient(kernel, case, masked=True, **how):
     tensors = Tensors(case)
     random = np.random.default_rng(1)
     bt, _, _ = matrices(case)
@@ -579,12 +581,20 @@ def check_input_gradient(kernel, case, **how):
         part = np.ascontiguousarray(m[:, tiles])
         if part.shape[1]:
             scales = tile_scale[tiles], filter_scale
-            run_input_gradient(kernel, tensors, part, *scales, first, gradient, **how)
-    dv = decode(m)[..., : case.c] * (v > 0)
+            run_input_gradient(kernel, tensors, part, *scales, first, gradient, masked, **how)
+    dv = decode(m)[..., : case.c]
+    dv = dv * (v > 0) if masked else dv
     if case.domain == "f16":
         dv = dv * tile_scale[:, None] * filter_scale
     value, magnitude = (overlap_add(case, *x) for x in ((bt, dv), (abs(bt), abs(dv))))
     assert_rounded(tensors.back(gradient), value, magnitude, "f32", TRANSFORM + 4)
+
+
+ENDS = [
+    check_input_gradient,
+    functools.partial(check_input_gradient, masked=False),
+    check_filter_gradient,
+]
 
 
 def overlap_add(case, bt, dv):
@@ -602,7 +612,7 @@ def overlap_add(case, bt, dv):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", [check_input_gradient, check_filter_gradient])
+@pytest.mark.parametrize("check", ENDS)
 def test_ends_of_gradients(emulate, run, check, case):
     mode, schedule = run
     check(emulate(SOURCE, mode), case, schedule=schedule)
@@ -725,7 +735,7 @@ def run_weight_gradient(kernel, tensors, limit=256 << 20, **how):
     return gradient
 
 
-def run_relu_input_gradient(kernel, tensors, limit=256 << 20, **how):
+def run_domain_input_gradient(kernel, tensors, limit=256 << 20, **how):
     case = tensors.case
     u, filter_scale = run_filter(kernel, tensors, rotate=True, **how)
     tiles, nbytes = workspace_of(kernel, case, limit)
@@ -733,6 +743,7 @@ def run_relu_input_gradient(kernel, tensors, limit=256 << 20, **how):
     fields = {
         **geometry_fields(case),
         "domain": c_int(DOMAINS[case.domain]),
+        "winograd_relu": c_bool(case.winograd_relu),
         "input": In(tensors.layout(tensors.input)),
         "grad": In(tensors.layout(tensors.grad)),
         "filter": In(u),
@@ -741,7 +752,7 @@ def run_relu_input_gradient(kernel, tensors, limit=256 << 20, **how):
         "workspace": Workspace(nbytes),
         "chunk": c_int64(tiles),
     }
-    kernel.call("winograd_relu_input_gradient", Struct(fields), None, **how)
+    kernel.call("winograd_domain_input_gradient", Struct(fields), None, **how)
     return tensors.back(gradient)
 
 
@@ -797,7 +808,7 @@ def test_relu_gradients(emulate, mode, case):
     by_input, by_weight = exact_gradients(tensors)
     bound = BOUND[case.domain, case.dtype, case.tile]
     kernel = emulate(SOURCE, mode)
-    assert error(run_relu_input_gradient(kernel, tensors), by_input) <= bound
+    assert error(run_domain_input_gradient(kernel, tensors), by_input) <= bound
     assert error(run_weight_gradient(kernel, tensors), by_weight) <= bound
 
 
@@ -812,8 +823,8 @@ def test_gradients_in_parts(emulate):
     tensors = Tensors(
         Case(n=3, c=16, h=40, w=38, k=16, dtype="f32", domain="f32", winograd_relu=True)
     )
-    whole, parts = (run_relu_input_gradient(kernel, tensors, at) for at in (256 << 20, limit))
-    assert (parts == run_relu_input_gradient(kernel, tensors, limit)).all()
+    whole, parts = (run_domain_input_gradient(kernel, tensors, at) for at in (256 << 20, limit))
+    assert (parts == run_domain_input_gradient(kernel, tensors, limit)).all()
     assert error(parts, whole.astype(float)) <= 1e-6
 
 
@@ -965,11 +976,7 @@ MUTATE = [
     ),
     Recipe(
         CORE / "cuda_gradients.cu",
-        [
-            functools.partial(check, case=case)
-            for case in CASES
-            for check in (check_input_gradient, check_filter_gradient)
-        ],
+        [functools.partial(check, case=case) for case in CASES for check in ENDS],
     ),
     Recipe(
         CORE / "cuda_direct.cu",

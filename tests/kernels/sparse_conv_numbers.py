@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import pywino
 from pywino import backends
 from pywino.kernels import sparse_conv
-from pywino.ops import sparse_conv as ops
+from pywino.ops import _packed
 from pywino.reference import sparse_conv as reference
 
 pytest.importorskip("triton")
@@ -64,7 +64,7 @@ def exact(x, weight, bias, *where):
 
 
 def convolved(x, weight, bias, *where):
-    blocks = ops.pack_blocks(weight)
+    blocks = _packed.pack_blocks(weight)
     return sparse_conv.forward(x, *blocks, bias, len(weight), weight.shape[2:], *where, True)
 
 

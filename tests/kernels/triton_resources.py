@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pywino.kernels import channel_attention, conv_lstm, masked_conv, sparse_conv, winograd
-from pywino.ops import sparse_conv as sparse_ops
+from pywino.ops import _packed
 
 TABLE = Path(__file__).with_name("resources_triton.json")
 MODULES = (winograd, channel_attention, conv_lstm, masked_conv, sparse_conv)
@@ -159,7 +159,7 @@ def sparse(everything):
     for dtype, k, last, strict in kinds:
         layout = torch.channels_last if last else torch.contiguous_format
         x = torch.empty(2, 64, 48, 48, dtype=dtype, device="meta", memory_format=layout)
-        values = x.new_empty(9, k, sparse_ops.GPU_CHANNELS)
+        values = x.new_empty(9, k, _packed.CHANNELS)
         entries, starts = (torch.empty(n, dtype=torch.int32, device="meta") for n in (9, 2))
         blocks, bias = (values, entries, starts), torch.empty(k, device="meta")
         sparse_conv.forward(x, *blocks, bias, k, (3, 3), (1, 1), (1, 1), (1, 1), strict)

@@ -206,13 +206,64 @@ def test_auto_takes_the_quicker(monkeypatch):
     for wins in (True, False):
         planner.reset()
         monkeypatch.setenv("PYWINO_PLAN", "memory")
-        monkeypatch.setattr(rules, "_beats_dense", lambda *_, wins=wins: wins)
+        seconds = {"pixels": 1e-3 if wins else 3e-3, "dense": 2e-3}
+        monkeypatch.setattr(rules, "_race", lambda *_, seconds=seconds: seconds)
         assert rules.choose(x, list, weight, *where) == ("pixels" if wins else "dense")
     planner.reset()
     monkeypatch.setenv("PYWINO_PLAN", "static")
     assert rules.choose(x, list, weight, *where) == "pixels"
     full, _ = rules.pixels_of(mask_of("full", 1, 20, 20), 1)
     assert rules.choose(x, full, weight, *where) == "dense"
+    planner.reset()
+
+
+@pytest.mark.native
+def test_the_race_is_of_a_mask_as_dense_as_the_calls():
+    x, weight, _ = tensors(16, 16, (20, 20), 1)
+    seen = []
+    mine = {"mine": lambda *given: seen.append(given)}
+    seconds = rules._race(mine, x, 0.3, weight, (1, 1), (1, 1))
+    assert seconds.keys() == {"mine", "dense"}
+    assert seconds["mine"] < seconds["dense"]
+    assert all(input.equal(x) and mask.count_nonzero() == 120 for input, mask in seen)
+
+
+def test_auto_on_a_gpu_waits_for_the_mask_where_that_is_cheap(monkeypatch, tmp_path):
+    """The rule, on CPU tensors: what is raced, and when the mask is looked at."""
+    x, weight, _ = tensors(16, 16, (20, 20), 1)
+    masks = [mask_of(name, 1, 20, 20) for name in ("one", "full")]
+    asked, raced, answers = [], [], {}
+    density = rules._density
+    monkeypatch.setattr(rules, "_density", lambda mask: asked.append(mask) or density(mask))
+    monkeypatch.setattr(backends, "of_device", lambda device: ("cuda", "triton"))
+    monkeypatch.setattr(backends, "can_run", lambda *_: None)
+
+    def race(runs, input, density, *_):
+        raced.append((tuple(runs), density))
+        return {name: answers[name] for name in (*runs, "dense")}
+
+    monkeypatch.setattr(rules, "_race", race)
+    choose = lambda mask: rules.choose_on_gpu(x, mask, weight, (1, 1), (1, 1), None)  # noqa: E731
+    for mode in ("static", "off"):
+        monkeypatch.setenv("PYWINO_PLAN", mode)
+        planner.reset()
+        assert choose(masks[0]) == "dense"
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+    planner.reset()
+    answers |= {"asked": 1.5, "dense": 1, "cuda": 0.5, "triton": 0.4}
+    assert choose(masks[0]) == choose(masks[0]) == "dense"
+    assert (asked, raced) == ([], [(("asked",), 1)])
+    planner.reset()
+    answers |= {"asked": 1.02}
+    assert choose(masks[0]) == choose(masks[0]) == "triton"
+    assert raced[1:] == [(("asked",), 1), (("cuda", "triton"), 1 / 400)]
+    answers |= {"cuda": 1.5, "triton": 1.2}
+    assert choose(masks[1]) == "dense"
+    assert choose(masks[0]) == "triton"  # as it was measured
+    assert len(asked) == 4
+    monkeypatch.setattr(planner, "_may_measure", lambda: False)  # while a graph is captured
+    assert choose(masks[0]) == "dense"
+    assert len(asked) == 4
     planner.reset()
 
 

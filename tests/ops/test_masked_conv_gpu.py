@@ -92,3 +92,23 @@ def test_compile(backend):
     torch.testing.assert_close(y, layer(x, mask), rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_auto_measures_and_waits_for_no_mask_in_a_graph(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+    planner.reset()
+    x = torch.randn(8, 64, 512, 512, device="cuda")
+    weight = torch.randn(64, 64, 3, 3, device="cuda") / 24
+    needs("cuda", x, weight)
+    for mask in masks(8, 512, 512):
+        expected = between_masks(x, mask, weight, None, 1)
+        y = pywino.masked_conv2d(x, mask, weight)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = pywino.masked_conv2d(x, mask, weight)
+        graph.replay()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert {*rules._choices.values()} <= {True, False, "dense", "cuda", "triton"}
+    assert rules._choices
+    planner.reset()

@@ -12,8 +12,8 @@ from torch import nn
 from torch.library import opcheck
 
 import pywino
-from pywino import planner, testing
-from pywino.ops import sparse_conv
+from pywino import backends, planner, testing
+from pywino.ops import _packed, sparse_conv
 from pywino.pruning import NM, Block, Magnitude, prune_
 from pywino.reference import sparse_conv as reference
 
@@ -319,6 +319,43 @@ def test_the_choice_is_measured_once_and_stored(monkeypatch, tmp_path):
     assert len(measured) == 2
 
 
+def test_a_layers_choice_on_a_gpu(monkeypatch, tmp_path):
+    """The rule, on CPU tensors."""
+    input, where = torch.randn(1, 32, 20, 20), ((1, 1), (1, 1), (1, 1))
+    weight = torch.randn(64, 64, 3, 3)[:, :32].half()
+    weight[:, :, :2] = 0
+    monkeypatch.setattr(backends, "of_device", lambda device: ("cuda", "triton"))
+    monkeypatch.setattr(backends, "can_run", lambda *_: None)
+    answers = {"aten": 2e-3, "cuda direct": 1.5e-3, "triton direct": 1e-3}
+    measured = []
+
+    def times(input, weight, where, filters):
+        measured.append({name: type(filter).__name__ for name, filter in filters.items()})
+        return answers
+
+    monkeypatch.setattr(sparse_conv, "_times_on_gpu", times)
+    filter_of = lambda name: sparse_conv.pack(weight, name)  # noqa: E731
+    choose = lambda: sparse_conv.choose_on_gpu(input, weight, where, filter_of)  # noqa: E731
+    for mode in ("static", "off"):
+        monkeypatch.setenv("PYWINO_PLAN", mode)
+        planner.reset()
+        assert choose() == "dense"
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+    planner.reset()
+    assert choose() == choose() == "triton"
+    assert measured == [{"cuda": "Blocks", "triton": "Blocks"}]
+    weight[:, :, 2] = 0  # of another density
+    weight[0, 0, 2, 2] = 1
+    answers["aten"] = 0.9e-3
+    assert choose() == choose() == "dense"
+    planner.reset()  # the file knows both, and is only read
+    assert choose() == "dense"
+    weight[:] = torch.randn(64, 32, 3, 3)
+    assert choose() == "dense"  # nothing is stored
+    assert len(measured) == 2
+    assert sparse_conv.choose_on_gpu(input, weight, where, lambda name: None) == "dense"
+
+
 @pytest.mark.native
 def test_measuring_takes_the_quicker(monkeypatch):
     input, where = torch.randn(1, 128, 28, 28), ((1, 1), (1, 1), (1, 1))
@@ -367,7 +404,7 @@ def test_other_callers_reach_pytorch():
 def test_blocks_of_a_gpu_are_the_weight(k, c, kernel):
     weight = torch.randn(k, c, *kernel)
     weight[:64, :32, 0] = 0
-    values, entries, starts = sparse_conv.pack_blocks(weight)
+    values, entries, starts = _packed.pack_blocks(weight)
     group, chunks = values.shape[1], -(-c // 32)
     padded = torch.zeros((len(starts) - 1) * group, kernel[0] * kernel[1], chunks * 32)
     for g in range(len(starts) - 1):
@@ -383,22 +420,40 @@ def test_blocks_of_a_gpu_are_the_weight(k, c, kernel):
 
 def test_groups_of_a_gpu_are_those_that_fetch_less():
     weight = torch.randn(256, 64, 1, 1)
-    assert sparse_conv.pack_blocks(weight).values.shape == (4, 128, 32)
+    assert _packed.pack_blocks(weight).values.shape == (4, 128, 32)
     weight[:64, :32] = 0  # seven of eight blocks of 64 are left, each read for half the work
-    assert sparse_conv.pack_blocks(weight).values.shape == (4, 128, 32)
+    assert _packed.pack_blocks(weight).values.shape == (4, 128, 32)
     weight[:64] = weight[128:192] = 0  # of 128 nothing is all zeros
-    assert sparse_conv.pack_blocks(weight).values.shape == (4, 64, 32)
+    assert _packed.pack_blocks(weight).values.shape == (4, 64, 32)
 
 
 def test_two_of_four_only_where_blocks_are_kept():
     weight = torch.randn(64, 128, 1, 1).half()
-    assert isinstance(sparse_conv.pack(weight, "cuda"), sparse_conv.Blocks)  # four of four
+    assert isinstance(sparse_conv.pack(weight, "cuda"), _packed.Blocks)  # four of four
     weight[:, ::2] = 0
-    assert isinstance(sparse_conv.pack(weight, "cuda"), sparse_conv.TwoOfFour)
-    assert isinstance(sparse_conv.pack(weight.float(), "cuda"), sparse_conv.Blocks)
-    assert isinstance(sparse_conv.pack(weight, "triton"), sparse_conv.Blocks)
+    assert isinstance(sparse_conv.pack(weight, "cuda"), _packed.TwoOfFour)
+    assert isinstance(sparse_conv.pack(weight.float(), "cuda"), _packed.Blocks)
+    assert isinstance(sparse_conv.pack(weight, "triton"), _packed.Blocks)
     weight[:, :96] = 0
-    assert isinstance(sparse_conv.pack(weight, "cuda"), sparse_conv.Blocks)
+    assert isinstance(sparse_conv.pack(weight, "cuda"), _packed.Blocks)
+
+
+def test_lists_of_a_gpu_where_blocks_are_nearly_empty():
+    weight = torch.randn(128, 64, 3, 3)
+    weight[torch.rand_like(weight) < 0.9] = 0
+    values, entries, starts = sparse_conv.pack(weight, "cuda")
+    assert isinstance(sparse_conv.pack(weight, "cuda"), _packed.Csr)
+    rows = torch.zeros(128, 64 * 9)
+    for k, row in enumerate(rows):
+        of_row = slice(starts[k], starts[k + 1])
+        row[entries[of_row].long()] = values[of_row]
+    assert torch.equal(rows.view_as(weight), weight)
+    assert isinstance(sparse_conv.pack(weight.half(), "cuda"), _packed.Blocks)
+    assert isinstance(_packed.pack(weight)[0], _packed.Blocks)  # TF32
+    weight[:, 32:] = 0  # half of the blocks are left, and have a tenth of their numbers
+    assert isinstance(sparse_conv.pack(weight, "cuda"), _packed.Csr)
+    weight[:, :32] += torch.rand(128, 32, 3, 3) < 0.1
+    assert isinstance(sparse_conv.pack(weight, "cuda"), _packed.Blocks)
 
 
 @pytest.mark.parametrize(

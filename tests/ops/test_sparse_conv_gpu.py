@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import pywino
 from pywino import backends, planner
+from pywino.ops import _packed
 from pywino.ops import sparse_conv as rules
 from pywino.testing import assert_close_to_reference
 
@@ -65,7 +66,7 @@ def test_two_of_four(dtype):
     needs("cuda", x, conv.weight)
     layer = pywino.SparseConv2d.from_dense(conv, pywino.pruning.NM(2, 4))
     layer.backend = "cuda"
-    assert isinstance(rules.pack(layer.weight.detach(), "cuda"), rules.TwoOfFour)
+    assert isinstance(rules.pack(layer.weight.detach(), "cuda"), _packed.TwoOfFour)
     with torch.no_grad():
         y, peer = layer(x), conv(x)
         exact = conv.double()(x.double())
@@ -89,3 +90,45 @@ def test_layer_in_a_graph_and_compiled(backend):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     y.sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_auto_measures_a_layer_that_keeps_its_filter(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+    planner.reset()
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1)
+    pywino.prune_(conv, pywino.pruning.Block(0.9, block=(64, 32)))
+    layer = pywino.SparseConv2d.from_dense(conv).cuda()
+    x = torch.randn(4, 256, 56, 56, device="cuda")
+    expected = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    needs("cuda", x, layer.weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.graph(graph):
+            y = layer(x)  # nothing is packed or measured: PyTorch's
+        graph.replay()
+        assert not planner._plans.plans
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        (plan,) = planner._plans.plans.values()
+        assert plan.seconds.keys() >= {"aten", "cuda direct"}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)  # what was chosen
+        graph.replay()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    planner.reset()
+
+
+def test_zeros_anywhere_in_float32():
+    conv = torch.nn.Conv2d(64, 100, 3, stride=2, padding=1)
+    pywino.prune_(conv, pywino.pruning.Magnitude(0.95))
+    layer = pywino.SparseConv2d.from_dense(conv).cuda()
+    layer.backend = "cuda"
+    x = torch.randn(2, 64, 33, 31, device="cuda")
+    needs("cuda", x, layer.weight)
+    assert isinstance(rules.pack(layer.weight.detach(), "cuda"), _packed.Csr)
+    with torch.no_grad():
+        peer = F.conv2d(x, layer.weight, layer.bias, 2, 1)
+        exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), 2, 1)
+        for last in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert_close_to_reference(layer(last), exact, peer, K)

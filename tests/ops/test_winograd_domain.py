@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from pywino import _native as native
 from pywino import testing
-from pywino.ops import _winograd_domain as domain
+from pywino.ops import _winograd_zeros as domain
 from pywino.ops.winograd import winograd_transform_filter
 from pywino.reference import winograd as reference
 from pywino.testing import relative_l2

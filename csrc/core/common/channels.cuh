@@ -66,12 +66,32 @@ __device__ inline Channels<V> load_channels(const E* p) {
   return channels;
 }
 
+// In words of at most 16 bytes.
 template <class E, int V>
 __device__ inline void store_channels(E* p, Channels<V> channels) {
-  Pack<E, V> pack;
+  constexpr int kWord = V * int(sizeof(E)) > 16 ? 16 / int(sizeof(E)) : V;
 #pragma unroll
-  for (int i = 0; i < V; ++i) pack.x[i] = from_float<E>(channels.x[i]);
-  ptx::store(p, pack);
+  for (int first = 0; first < V; first += kWord) {
+    Pack<E, kWord> pack;
+#pragma unroll
+    for (int i = 0; i < kWord; ++i) pack.x[i] = from_float<E>(channels.x[first + i]);
+    ptx::store(p + first, pack);
+  }
+}
+
+// A convolution's eight channels of a pixel from channel k on, those of them that K has, `step` elements apart; with the bias,
+// where there is one.
+template <class E>
+__device__ inline void write_channels(E* to, Channels<8> sums, const float* bias, int64_t k,
+                                      int64_t K, int64_t step = 1) {
+  const bool whole = step == 1 && K % 8 == 0;  // all eight are there, and aligned
+#pragma unroll
+  for (int e = 0; e < 8; ++e)
+    if (k + e < K) {
+      if (bias) sums.x[e] += bias[k + e];
+      if (!whole) to[e * step] = from_float<E>(sums.x[e]);
+    }
+  if (whole) store_channels(to, sums);
 }
 
 }  // namespace pywino

@@ -78,6 +78,21 @@ struct SparseGemm : GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN> {
         });
   }
 
+  // Issues the copies of A and its metadata into a stage, from row `first` of what is stored: rows of BM, step by step.
+  __device__ static void copy_sparse(uint32_t stage, const Element* values, const int32_t* metadata,
+                                     int64_t first) {
+    const int thread = int(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < BM * 4 / kThreads; ++i) {
+      const int row = (thread + i * kThreads) / 4, chunk = thread % 4;
+      ptx::cp_async_16(stage + offset_a(row, chunk), values + (first + row) * kStored + chunk * 8,
+                       16);
+    }
+    if (thread < kBytesMetadata / 16)
+      ptx::cp_async_16(stage + kBytesA + kBytesB + thread * 16,
+                       metadata + first / 16 * 32 + thread * 4, 16);
+  }
+
   // 32 elements of k: 16 that are stored.
   template <int kStep>
   __device__ void step(uint32_t stage, const uint32_t (&metadata)[FM]) {

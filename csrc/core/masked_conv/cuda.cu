@@ -162,27 +162,13 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm)
 
     E* output = static_cast<E*>(p.output);
     const int64_t K = g.out_channels;
-    const bool whole = g.channels_last && K % 8 == 0;  // every chunk of eight channels is aligned
-    gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, Channels<8> sums) {
+    gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, const Channels<8>& sums) {
       const int64_t k = n0 + column;
       if (m0 + row >= pixels || k >= K) return;
       const int64_t place = p.list.list[m0 + row], image = place / plane;
       E* to = g.channels_last ? output + place * K + k
                               : output + (image * K + k) * plane + (place - image * plane);
-      const int64_t step = g.channels_last ? 1 : plane;
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (k + e < K) {
-          if (p.bias) sums.x[e] += p.bias[k + e];
-          if (!whole) to[e * step] = from_float<E>(sums.x[e]);
-        }
-      if (!whole) return;
-      if constexpr (sizeof(E) == 2) {
-        store_channels<E, 8>(to, sums);
-      } else {
-        store_channels<E, 4>(to, {{sums.x[0], sums.x[1], sums.x[2], sums.x[3]}});
-        store_channels<E, 4>(to + 4, {{sums.x[4], sums.x[5], sums.x[6], sums.x[7]}});
-      }
+      write_channels(to, sums, p.bias, k, K, g.channels_last ? 1 : plane);
     });
     __syncthreads();  // the finished tile lies where the next block's stages are filled
   }

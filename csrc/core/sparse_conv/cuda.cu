@@ -73,24 +73,9 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) convolve(Forward
 
   E* output = static_cast<E*>(p.output);
   const int64_t K = g.out_channels;
-  const bool whole = K % 8 == 0;  // every chunk of eight channels is aligned
-  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, Channels<8> sums) {
+  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, const Channels<8>& sums) {
     const int64_t pixel = m0 + row, k = n0 + column;
-    if (pixel >= pixels || k >= K) return;
-    E* to = output + pixel * K + k;
-#pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (k + e < K) {
-        if (p.bias) sums.x[e] += p.bias[k + e];
-        if (!whole) to[e] = from_float<E>(sums.x[e]);
-      }
-    if (!whole) return;
-    if constexpr (sizeof(E) == 2) {
-      store_channels<E, 8>(to, sums);
-    } else {
-      store_channels<E, 4>(to, {{sums.x[0], sums.x[1], sums.x[2], sums.x[3]}});
-      store_channels<E, 4>(to + 4, {{sums.x[4], sums.x[5], sums.x[6], sums.x[7]}});
-    }
+    if (pixel < pixels && k < K) write_channels(output + pixel * K + k, sums, p.bias, k, K);
   });
 }
 

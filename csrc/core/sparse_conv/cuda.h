@@ -42,10 +42,23 @@ struct TwoOfFour {
   void* output;
 };
 
+// fp32, zeros anywhere. The input is contiguous and has its zeros of padding: h and w count them, and pad_h = pad_w = 0. An
+// image has less than 2^31 numbers.
+struct Csr {
+  Geometry geometry;
+  const float* input;
+  const float* values;     // of each output channel, those that are kept
+  const int32_t* entries;  // of each value: (c * kernel_h + i) * kernel_w + j
+  const int32_t* starts;   // K + 1: where each output channel begins, and how many there are
+  const float* bias;       // K floats or nullptr
+  float* output;           // contiguous
+};
+
 // Each returns a cudaError_t, 0 where the launch went well.
 extern "C" {
 PYWINO_API int pywino_sparse_conv_forward(const Forward*, void* stream);
 PYWINO_API int pywino_sparse_conv_two_of_four(const TwoOfFour*, void* stream);
+PYWINO_API int pywino_sparse_conv_csr(const Csr*, void* stream);
 PYWINO_API const char* pywino_sparse_conv_cuda_error(int error);
 }
 

@@ -44,13 +44,7 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) two_of_four(TwoO
   gemm.run(shared, int(g.kernel_h) * width * steps, [&](int step, uint32_t stage) {
     const int tap = step / steps, c = step % steps * kStep + chunk * 8;
     const int down = int(tap / width * g.dil_h), right = int(tap % width * g.dil_w);
-    const int64_t row0 = int64_t(step) * rows + m0;  // of the weight
-#pragma unroll
-    for (int i = 0; i < G::BM * 4 / G::kThreads; ++i) {
-      const int row = (thread + i * G::kThreads) / 4, of_row = thread % 4;
-      ptx::cp_async_16(stage + G::offset_a(row, of_row),
-                       values + (row0 + row) * (kStep / 2) + of_row * 8, 16);
-    }
+    gemm.copy_sparse(stage, values, p.metadata, int64_t(step) * rows + m0);
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
       const int y = top[i] + down, x = left[i] + right;
@@ -59,25 +53,13 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) two_of_four(TwoO
       ptx::cp_async_16(stage + G::kBytesA + G::offset_b(thread / 8 + i * (G::kThreads / 8), chunk),
                        exists ? input + int64_t(pixel) * c_in + c : input, exists ? 16 : 0);
     }
-    if (thread < G::kBytesMetadata / 16)
-      ptx::cp_async_16(stage + G::kBytesA + G::kBytesB + thread * 16,
-                       p.metadata + row0 / 16 * 32 + thread * 4, 16);
   });
 
   E* output = static_cast<E*>(p.output);
   const int64_t K = g.out_channels;
-  const bool whole = K % 8 == 0;  // every chunk of eight channels is aligned
-  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, Channels<8> sums) {
+  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, const Channels<8>& sums) {
     const int64_t pixel = n0 + row, k = m0 + column;
-    if (pixel >= pixels || k >= K) return;
-    E* to = output + pixel * K + k;
-#pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (k + e < K) {
-        if (p.bias) sums.x[e] += p.bias[k + e];
-        if (!whole) to[e] = from_float<E>(sums.x[e]);
-      }
-    if (whole) store_channels<E, 8>(to, sums);
+    if (pixel < pixels && k < K) write_channels(output + pixel * K + k, sums, p.bias, k, K);
   });
 }
 

@@ -109,7 +109,7 @@ InputTransform grad_transform_of(const Geometry& g, Domain domain, const void* g
 
 }  // namespace
 
-int forward(const Forward& f, void* stream) {
+int forward(const Forward& f, void* stream, const Zeros* zeros) {
   const Geometry& g = f.geometry;
   const Layout layout = layout_of(g, f.domain, f.chunk);
   char* const v = static_cast<char*>(f.workspace);
@@ -148,7 +148,9 @@ int forward(const Forward& f, void* stream) {
     input.first = output.first = first;
     input.count = product.tiles = output.count = std::min(f.chunk, tiles.count - first);
     if (const int error = pywino_winograd_input_transform(&input, stream)) return error;
-    if (const int error = pywino_winograd_product(&product, stream)) return error;
+    if (const int error = zeros ? pywino_winograd_sparse_product(&product, zeros, stream)
+                                : pywino_winograd_product(&product, stream))
+      return error;
     if (const int error = pywino_winograd_output_transform(&output, stream)) return error;
   }
   return 0;
@@ -201,7 +203,7 @@ int weight_gradient(const WeightGradient& f, void* stream) {
   return pywino_winograd_filter_gradient(&filter, stream);
 }
 
-int relu_input_gradient(const ReluInputGradient& f, void* stream) {
+int domain_input_gradient(const DomainInputGradient& f, void* stream) {
   const Geometry& g = f.geometry;
   const Layout layout = layout_of(g, f.domain, f.chunk);
   char* const m = static_cast<char*>(f.workspace);  // of C', where forward has V
@@ -228,7 +230,7 @@ int relu_input_gradient(const ReluInputGradient& f, void* stream) {
   output.pad_w = int(g.pad_w);
   output.dtype = g.dtype;
   output.domain = f.domain;
-  output.input = f.input;
+  output.input = f.winograd_relu ? f.input : nullptr;
   output.m = m;
   output.tile_scale = scale;
   output.filter_scale = f.filter_scale;

@@ -11,7 +11,7 @@
 //   summed product    S[split][tap][K'][C'] = sum over tiles D V
 //   filter gradient   dW = G^T S G
 //
-// and of the Winograd-ReLU layer's input M[tap][tile][C'] = D U, then dX = sum over tiles B [M . (V > 0)] B^T.
+// and of the input, with a weight in the Winograd domain, M[tap][tile][C'] = D U, then dX = sum over tiles B [M . (V > 0)] B^T.
 //
 // C' and K' are C and K rounded up to 16-byte rows, the rest zero.
 #pragma once
@@ -71,6 +71,20 @@ struct Product {
   void* m;
 };
 
+// What a product leaves out: Product::u has the kept numbers alone, in the domain's element type, and `places` says where.
+//
+//   blocks   kBlockChannels input channels of one tap and a group of output channels: u[block][group][kBlockChannels], zeros in
+//            what sticks out. places: for each tap and group its first block, the number of all, then for each block which
+//            channels (c / kBlockChannels)
+//   2:4      two of four neighbouring input channels (../common/sparse_gemm.cuh), K' rounded up to kOutChannels and C' to
+//            kStep: u[tap][step][K'][kStep / 2]. places: metadata[tap][step][K' / 16][32]
+constexpr int kBlockChannels = 32;
+constexpr int kStep = 64, kOutChannels = 128;
+struct Zeros {
+  int group;  // 64 or 128 output channels of a block, 0: 2:4
+  const int32_t* places;
+};
+
 // S[split][tap] (+)= D^T V over the tiles of each split. Splits are equal parts of a launch's tiles.
 struct SummedProduct {
   int64_t tiles, channels, out_channels;  // count, C', K'
@@ -110,7 +124,7 @@ struct FilterGradient {
   void* gradient;  // K x C kernels, dense
 };
 
-// dX += B [ M . (B^T d B > 0) ] B^T. Patches of neighbouring tiles overlap by two rows and columns, so a launch has every
+// dX += B [ M . (B^T d B > 0) ] B^T, without the mask where V goes through no ReLU. Patches of neighbouring tiles overlap by two rows and columns, so a launch has every
 // other tile of every other row, four launches have all of them, and a pixel's sum has a fixed order.
 struct InputGradient {
   Tiles tiles;
@@ -121,7 +135,7 @@ struct InputGradient {
   DType dtype;
   Domain domain;
   int row, column;    // 0 or 1: which tiles, by the last bit of their row and column
-  const void* input;  // for the mask
+  const void* input;  // for the mask, nullptr: none
   const void* m;
   const float* tile_scale;    // of InputTransform, with `gradient`
   const float* filter_scale;  // C powers of two
@@ -199,10 +213,11 @@ struct WeightGradient {
   int64_t chunk;
 };
 
-// Of the Winograd-ReLU layer.
-struct ReluInputGradient {
+// Of a weight in the Winograd domain, with ReLU on V or without.
+struct DomainInputGradient {
   Geometry geometry;
   Domain domain;
+  bool winograd_relu;
   const void* input;
   const void* grad;           // in the input's memory format
   const void* filter;         // U, made with `rotate`
@@ -217,12 +232,14 @@ PYWINO_API int64_t splits_of(const Geometry&, Domain);
 PYWINO_API int64_t sum_floats(const Geometry&, Domain);
 
 // Each returns a cudaError_t, 0 where the launch went well.
-PYWINO_API int forward(const Forward&, void* stream);
+// zeros: of the filter, nullptr for a dense one.
+PYWINO_API int forward(const Forward&, void* stream, const Zeros* zeros = nullptr);
 PYWINO_API int weight_gradient(const WeightGradient&, void* stream);
-PYWINO_API int relu_input_gradient(const ReluInputGradient&, void* stream);
+PYWINO_API int domain_input_gradient(const DomainInputGradient&, void* stream);
 extern "C" {
 PYWINO_API int pywino_winograd_input_transform(const InputTransform*, void* stream);
 PYWINO_API int pywino_winograd_product(const Product*, void* stream);
+PYWINO_API int pywino_winograd_sparse_product(const Product*, const Zeros*, void* stream);
 PYWINO_API int pywino_winograd_summed_product(const SummedProduct*, void* stream);
 PYWINO_API int pywino_winograd_filter_gradient(const FilterGradient*, void* stream);
 PYWINO_API int pywino_winograd_input_gradient(const InputGradient*, void* stream);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ends of the two gradients: dX = B [ M . (B^T d B > 0) ] B^T of the Winograd-ReLU layer, dW = G^T S G.
+// The ends of the two gradients: dX = B [ M . (B^T d B > 0) ] B^T of a weight in the Winograd domain (the mask where it is
+// Winograd-ReLU's), dW = G^T S G.
 //
 // Bytes a channel and pixel, F(4x4,3x3): of the input M 2.25 w (w: 2 or 4, of a number in the domain), d 2.25 e (from the
 // caches as far as tiles overlap), dX 2.25 x 8, which is 2.25 tiles that read and write a pixel in fp32. Of the weight,
@@ -26,15 +27,18 @@ __global__ void __launch_bounds__(kPatchThreads, 4) input_gradient(InputGradient
   if (at.row % 2 != p.row || at.column % 2 != p.column) return;
   const auto patch = patch_of<M, V, In>(p.input, p.map, p.tiles, at, p.pad_h, p.pad_w);
 
+  const bool masked = p.input != nullptr;
   Channels<V> columns[A][A];  // B^T d
+  if (masked) {
 #pragma unroll
-  for (int j = 0; j < A; ++j) {
-    Channels<V> d[A], o[A];
+    for (int j = 0; j < A; ++j) {
+      Channels<V> d[A], o[A];
 #pragma unroll
-    for (int i = 0; i < A; ++i) d[i] = patch.at(i, j, c, true);
-    Transform<M>::input(d, o);
+      for (int i = 0; i < A; ++i) d[i] = patch.at(i, j, c, true);
+      Transform<M>::input(d, o);
 #pragma unroll
-    for (int i = 0; i < A; ++i) columns[i][j] = o[i];
+      for (int i = 0; i < A; ++i) columns[i][j] = o[i];
+    }
   }
 
   const Dom* m = static_cast<const Dom*>(p.m) + tile * p.channels + c;
@@ -42,13 +46,14 @@ __global__ void __launch_bounds__(kPatchThreads, 4) input_gradient(InputGradient
 #pragma unroll
   for (int i = 0; i < A; ++i) {  // row i of M . (V > 0) takes its place
     Channels<V> v[A];
-    Transform<M>::input(columns[i], v);
+    if (masked) Transform<M>::input(columns[i], v);
 #pragma unroll
     for (int j = 0; j < A; ++j) {
       columns[i][j] = load_channels<Dom, V>(m);
       m += tap;
 #pragma unroll
-      for (int e = 0; e < V; ++e) columns[i][j].x[e] = v[j].x[e] > 0.f ? columns[i][j].x[e] : 0.f;
+      for (int e = 0; e < V; ++e)
+        if (masked && !(v[j].x[e] > 0.f)) columns[i][j].x[e] = 0.f;
     }
   }
 #pragma unroll

@@ -4,11 +4,13 @@
 #include "core/conv_lstm/cuda.cu"
 #include "core/masked_conv/cuda.cu"
 #include "core/sparse_conv/cuda.cu"
+#include "core/sparse_conv/cuda_csr.cu"
 #include "core/sparse_conv/cuda_two_of_four.cu"
 #include "core/winograd/cuda.cpp"
 #include "core/winograd/cuda_direct.cu"
 #include "core/winograd/cuda_gradients.cu"
 #include "core/winograd/cuda_product.cu"
+#include "core/winograd/cuda_sparse_product.cu"
 #include "core/winograd/cuda_transforms.cu"
 
 namespace cuda = pywino::winograd::cuda;
@@ -22,8 +24,8 @@ extern "C" int winograd_weight_gradient(const cuda::WeightGradient* p, void* str
   return cuda::weight_gradient(*p, stream);
 }
 
-extern "C" int winograd_relu_input_gradient(const cuda::ReluInputGradient* p, void* stream) {
-  return cuda::relu_input_gradient(*p, stream);
+extern "C" int winograd_domain_input_gradient(const cuda::DomainInputGradient* p, void* stream) {
+  return cuda::domain_input_gradient(*p, stream);
 }
 
 // numbers[0]: the parts of the weight gradient's sum, numbers[1]: the floats of their sums.

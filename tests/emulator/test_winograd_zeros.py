@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The products of the Winograd domain without zeros, run by the emulator, against float64 on what
+they really got."""
+
+import functools
+from ctypes import c_int, c_int64
+
+import numpy as np
+import pytest
+import torch
+from emulator.build import CSRC, HERE
+from emulator.harness import In, Out, Struct
+from emulator.mutate import Recipe
+from emulator.test_winograd import DOMAINS, assert_rounded, decode, empty
+
+from pywino.ops import _packed
+
+SOURCE = HERE / "kernels" / "rooms.cu"
+
+# taps, tiles, C', K', output channels of a block, the part of the blocks that is kept: edges of
+# every block, lists of odd and even length, empty ones, and nothing but these.
+BLOCKS = [
+    (4, 49, 24, 72, 64, 0.6),
+    (3, 130, 136, 8, 64, 0.5),
+    (3, 131, 200, 264, 128, 0.4),
+    (2, 5, 40, 136, 128, 0.0),
+    (1, 129, 72, 136, 128, 1.0),
+]
+TWO_OF_FOUR = [(4, 49, 24, 72), (3, 130, 136, 8), (2, 65, 72, 264)]
+
+
+def check_product(kernel, domain, v, u, packed, group, places, **how):
+    """M of V and a packed U, against float64."""
+    m = np.empty((*v.shape[:2], u.shape[1]), v.dtype)
+    fields = {
+        "tiles": c_int64(v.shape[1]),
+        "channels": c_int64(v.shape[2]),
+        "out_channels": c_int64(u.shape[1]),
+        "taps": c_int(v.shape[0]),
+        "domain": c_int(DOMAINS[domain]),
+        "v": In(v),
+        "u": In(packed),
+        "m": Out(m),
+    }
+    zeros = Struct({"group": c_int(group), "places": In(places)})
+    kernel.call("pywino_winograd_sparse_product", Struct(fields), zeros, None, **how)
+    v, u = decode(v), decode(u)
+    expected = np.einsum("ptc,pkc->ptk", v, u)
+    magnitude = np.einsum("ptc,pkc->ptk", abs(v), abs(u))
+    # As for the dense product.
+    assert_rounded(m, expected, magnitude, domain, sums=4 if domain == "f16" else 16)
+
+
+def uniform(shape, domain, seed):
+    array = empty(shape, domain)
+    array[...] = np.random.default_rng(seed).uniform(-1, 1, shape)
+    return array
+
+
+def as_weight(u):
+    """(taps, K', C') as the (K, C, height, width) that is packed."""
+    return torch.from_numpy(u).permute(1, 2, 0).unsqueeze(3)
+
+
+def check_blocks(kernel, shape, domain, **how):
+    taps, tiles, c, k, group, density = shape
+    v, u = uniform((taps, tiles, c), domain, 0), uniform((taps, k, c), domain, 1)
+    kept = np.random.default_rng(2).random((taps, -(-k // group), -(-c // 32))) < density
+    u *= kept.repeat(group, 1).repeat(32, 2)[:, :k, :c]
+    blocks = _packed.pack_blocks(as_weight(u), by_tap=True, groups=(group,))
+    values, entries, starts = (t.numpy() for t in blocks)
+    assert values.shape == (kept.sum(), group, 32)
+    check_product(kernel, domain, v, u, values, group, np.concatenate([starts, entries]), **how)
+
+
+def check_two_of_four(kernel, shape, **how):
+    taps, tiles, c, k = shape
+    v, u = uniform((taps, tiles, c), "f16", 0), uniform((taps, k, c), "f16", 1)
+    order = np.broadcast_to(np.arange(4), (taps, k, c // 4, 4))
+    u *= (np.random.default_rng(2).permuted(order, axis=3) < 2).reshape(u.shape)
+    values, metadata = (t.numpy() for t in _packed.pack_two_of_four(as_weight(u)))
+    check_product(kernel, "f16", v, u, values, 0, metadata, **how)
+
+
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_blocks(emulate, run, shape, domain):
+    mode, schedule = run
+    check_blocks(emulate(SOURCE, mode), shape, domain, schedule=schedule)
+
+
+@pytest.mark.parametrize("shape", TWO_OF_FOUR, ids=str)
+def test_two_of_four(emulate, run, shape):
+    mode, schedule = run
+    check_two_of_four(emulate(SOURCE, mode), shape, schedule=schedule)
+
+
+MUTATE = [
+    Recipe(
+        CSRC / "core" / "winograd" / "cuda_sparse_product.cu",
+        [
+            *(
+                functools.partial(check_blocks, shape=shape, domain=domain)
+                for shape in BLOCKS
+                for domain in DOMAINS
+            ),
+            *(functools.partial(check_two_of_four, shape=shape) for shape in TWO_OF_FOUR),
+        ],
+        headers=[CSRC / "core" / "common" / "sparse_gemm.cuh"],
+    ),
+]
