@@ -77,6 +77,12 @@ def why_no_cuda() -> str | None:
 
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    driver, library = host.cuda_versions()
+    if driver // 1000 < library // 1000:  # a library runs on every driver of its major version
+        return (
+            f"the driver is for CUDA {_release(driver)}, the library has CUDA {_release(library)}: "
+            f"update the driver, or install that CUDA and type `{INSTALL}`"
+        )
     device = torch.cuda.get_device_capability()
     if not any(_image_runs(name, device) for name in record["cuda"].split(";")):
         have = "{}.{}".format(*device)
@@ -85,6 +91,27 @@ def why_no_cuda() -> str | None:
             f'type `TORCH_CUDA_ARCH_LIST="{have}" {INSTALL}`'
         )
     return None
+
+
+def _release(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def kind_of_products() -> str:
+    """What multiplies in large fp16 products of the CUDA kernels on the current device."""
+    why = host.why_no_wgmma()
+    return "wgmma and TMA" if why is None else f"mma.sync: {why}"
+
+
+@contextlib.contextmanager
+def without_wgmma() -> Iterator[None]:
+    """Inside the ``with`` block all products are mma.sync's, in the whole process: for tests and
+    benches."""
+    host.allow_wgmma(False)
+    try:
+        yield
+    finally:
+        host.allow_wgmma(True)
 
 
 def _image_runs(name: str, device: tuple[int, int]) -> bool:

@@ -13,6 +13,7 @@ BACKENDS = ("cuda", "triton", "cpu", "aten")
 ALGORITHMS = ("direct", "f2", "f4", "f6", "f4x1")
 PRECISIONS = ("default", "fast")
 TILES = {"f2": 2, "f4": 4, "f6": 6}
+WORKSPACE_LIMIT = 256 << 20  # bytes beside a GPU call's tensors; a larger call runs in parts
 _OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _ELEMENTWISE = ("channel_residual_attention", "conv_lstm_cell")  # ops without a convolution
@@ -185,7 +186,7 @@ def _winograd_cuda(call, algorithm):
             return f"its direct kernel reads pixels of whole 16 bytes, not {c} channels"
         if call.n * max(call.h * call.w, math.prod(call.output_size)) >= 2**31:
             return "its direct kernel counts pixels in 31 bits"
-    return _winograd(call)
+    return _winograd(call) or _workspace(call, algorithm)
 
 
 def _winograd_triton(call, algorithm):
@@ -194,7 +195,24 @@ def _winograd_triton(call, algorithm):
         return reason
     if algorithm not in ("auto", *TILES):
         return f"it has f2, f4 and f6, not {algorithm}"
-    return _winograd(call)
+    return _winograd(call) or _workspace(call, algorithm)
+
+
+def _workspace(call, algorithm):
+    """Whether V and M of the least part of a GPU call, 128 tiles, are more than the limit."""
+    if algorithm not in TILES:
+        return None
+    tile = TILES[algorithm]
+    sides = zip(call.output_size, call.dilation)
+    tiles = call.n * math.prod(min(d, s) * math.ceil(math.ceil(s / d) / tile) for s, d in sides)
+    size = 4 if is_strict(call, algorithm) else 2
+    nbytes = (tile + 2) ** 2 * min(128, tiles) * (call.c + call.k) * size
+    if nbytes <= WORKSPACE_LIMIT:
+        return None
+    return (
+        f"{algorithm} of {call.c} and {call.k} channels takes {nbytes >> 20} MB for the least part "
+        f"of the call, more than the limit of {WORKSPACE_LIMIT >> 20} MB; take a smaller tile"
+    )
 
 
 def _winograd(call):

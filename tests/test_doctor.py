@@ -147,6 +147,46 @@ def test_every_instruction_set_has_a_reason(monkeypatch):
     assert on_arm["neon"].startswith("not written yet")
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A library with CUDA kernels on a machine that has a Hopper GPU; the fields of `host`."""
+    host = SimpleNamespace(cuda_versions=lambda: (13000, 13000), why_no_wgmma=lambda: None)
+    monkeypatch.setattr(_native, "host", host)
+    monkeypatch.setattr(_native, "loaded", True)
+    monkeypatch.setattr(_native, "build_record", lambda: {"cuda": "80-real;90a-real"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    _native.why_no_cuda.cache_clear()
+    yield host
+    _native.why_no_cuda.cache_clear()
+
+
+def test_a_driver_that_is_too_old_is_named(on_a_gpu):
+    assert _native.why_no_cuda() is None
+    _native.why_no_cuda.cache_clear()
+    on_a_gpu.cuda_versions = lambda: (12060, 13000)
+    reason = _native.why_no_cuda()
+    assert reason.startswith("the driver is for CUDA 12.6, the library has CUDA 13.0: update")
+
+
+def test_what_multiplies_is_named(on_a_gpu):
+    reported = list(doctor._backends())
+    assert ("", "its large fp16 products are by wgmma and TMA") in reported
+    on_a_gpu.why_no_wgmma = lambda: "it is no Hopper"
+    assert _native.kind_of_products() == "mma.sync: it is no Hopper"
+
+
+@needs_native
+def test_the_library_says_why_it_has_no_wgmma():
+    if "cuda" not in _native.build_record():
+        pytest.skip("the library has no CUDA kernels")
+    driver, library = _native.host.cuda_versions()
+    assert library >= 12000
+    if not torch.cuda.is_available():
+        assert driver >= 0
+        assert _native.host.why_no_wgmma()
+
+
 @needs_native
 def test_report_marks_the_instruction_set_in_force():
     for name in _native.host.isas():

@@ -21,6 +21,7 @@ from gpu import (
     elementwise,
     keep,
     ours,
+    products,
     report,
     rows,
     skipping,
@@ -563,6 +564,17 @@ def test_small_calls_cover_every_op():
     assert kinds == {*calls.PASSES, smoke.RELU, *elementwise.KINDS, *skipping.KINDS}
 
 
+def test_products_are_compared_where_there_are_two_kinds(monkeypatch):
+    layer, how = smoke.WIDE, (products.KINDS[0], "bf16", "channels_last", "cuda")
+    monkeypatch.setattr(backends, "can_run", lambda *_: None)
+    host = SimpleNamespace(why_no_wgmma=lambda: None)
+    monkeypatch.setattr(products._native, "host", host)
+    assert products.candidates(layer, *how) == ["cuda"]
+    host.why_no_wgmma = lambda: "it is no Hopper"
+    assert products.candidates(layer, *how) == []
+    assert set(products.LAYER_NAMES) <= {layer.name for layer in GPU_LAYERS}
+
+
 # ------------------------------------------------------------------------------------------ tables
 
 
@@ -815,7 +827,7 @@ def test_dry_run_measures_ours(dry):
     if not found:
         pytest.skip("needs the native library")
     assert {row["failed"] for row in found} == {None}
-    kinds = {*ours.OPS, *elementwise.KINDS, *skipping.KINDS}
+    kinds = {*ours.OPS, *elementwise.KINDS, *skipping.KINDS, *products.KINDS}
     assert {row["pass"] for row in found} == kinds
     checked = [row for row in found if row["step"] == "check"]
     assert not any(row["wrong"] for row in checked)
@@ -823,7 +835,7 @@ def test_dry_run_measures_ours(dry):
     for row in found:
         if row["step"] == "time":
             assert row["error"] <= 1.5e-2
-            peers = {"cudnn", "eager", "dense"} & set(row["times"])
+            peers = {"cudnn", "eager", "dense", "mma.sync"} & set(row["times"])
             assert len(peers) == 1
             assert row["times"]["ours"]["eager"]["us"] > 0
     page = (dry[2] / "tables.md").read_text()

@@ -614,6 +614,7 @@ def test_gpu_without_measurement_is_cudnn(monkeypatch, gpu):
         ({"c": 3}, "direct", "whole 16 bytes, not 3 channels"),
         ({"n": 2**20, "h": 2**6, "w": 2**6}, "direct", "31 bits"),
         ({}, "f4x1", "it has direct, f2, f4 and f6, not f4x1"),
+        ({"c": 20000, "k": 20000}, "f4", "351 MB for the least part of the call, more than the"),
         ({"op": "winograd_conv2d_backward_weight"}, "direct", "f2, f4 and f6 for this gradient"),
         ({"op": "winograd_relu_conv2d_backward_input"}, "direct", "no direct convolution"),
         ({"dtype": torch.float64}, "f2", "not float64"),

@@ -31,6 +31,7 @@ FOUND = 9  # compute-sanitizer's exit status where it found something
 # Odd sizes, in which tiles stick out and channels fill no vector; then dilation.
 ODD = Layer("small-40x13x11-b2-k24", 2, 40, 13, 11, 24)
 DILATED = Layer("small-64x16x16-b1-d2", 1, 64, 16, 16, 64, 2)
+WIDE = Layer("small-24x48x48-b1-k136", 1, 24, 48, 48, 136)  # enough tiles and outputs for wgmma
 
 
 def calls(device: str):
@@ -38,7 +39,8 @@ def calls(device: str):
     odd = itertools.product((ODD,), PASSES, MODES, ("channels_last",))
     dilated = itertools.product((DILATED,), ("forward",), MODES, ("nchw",))
     relu = itertools.product((ODD,), (RELU,), ("bf16", "fp32"), ("channels_last",))
-    for layer, kind, mode, layout in itertools.chain(odd, relu, dilated):
+    wide = ((WIDE, "forward", "bf16", "channels_last"),)
+    for layer, kind, mode, layout in itertools.chain(odd, relu, dilated, wide):
         Setting(layer, kind, mode, layout).apply()
         for choice in candidates(layer, kind, mode, layout, device):
             if choice != AUTO and (kind != RELU or choice[1:] == ("f2", "default")):

@@ -10,10 +10,14 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/common/isa.h"
 #include "core/common/scratch.h"
+#ifdef PYWINO_HAVE_CUDA
+#include "core/winograd/cuda.h"
+#endif
 #include "core/winograd/winograd.h"
 
 namespace py = pybind11;
@@ -124,6 +128,21 @@ py::dict operation_count(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, 
   return count;
 }
 
+#ifdef PYWINO_HAVE_CUDA
+std::pair<int, int> cuda_versions() {
+  int driver = 0, library = 0;
+  if (const int error = winograd::cuda::pywino_cuda_versions(&driver, &library))
+    throw std::runtime_error(std::string("pywino._host.cuda_versions: ") +
+                             winograd::cuda::pywino_cuda_error(error));
+  return {driver, library};
+}
+
+std::optional<std::string> why_no_wgmma() {
+  const char* why = winograd::cuda::pywino_winograd_why_no_wgmma();
+  return why ? std::optional<std::string>(why) : std::nullopt;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -153,4 +172,14 @@ PYBIND11_MODULE(_host, m) {
       "input_, filter_ and output_additions  of the transforms, from the entries of their\n"
       "matrices that are not zero; common subexpressions, which the kernels share, are not.\n"
       "tiles                     of the whole output");
+#ifdef PYWINO_HAVE_CUDA
+  m.def("cuda_versions", &cuda_versions,
+        "(driver, library): the newest CUDA that the driver runs, 0 without one, and the one that\n"
+        "the kernels were built with; 13000 is 13.0.");
+  m.def("why_no_wgmma", &why_no_wgmma,
+        "None where large fp16 products of the current device are wgmma's, else why they are\n"
+        "mma.sync's.");
+  m.def("allow_wgmma", &winograd::cuda::pywino_winograd_allow_wgmma, py::arg("allowed"),
+        "For the process: False has mma.sync for all products. For tests and benches.");
+#endif
 }

@@ -74,6 +74,8 @@ def _library() -> Iterator[tuple[str, str]]:
     info = _native.host.build_info()
     built_for = _native.build_record().get("torch", "an unknown torch")
     yield "loaded", f"built by {info['compiler']} ({info['build_type']}) against torch {built_for}"
+    if architectures := _native.build_record().get("cuda"):
+        yield "CUDA kernels", f"for {architectures}"
 
 
 def _instruction_sets() -> Iterator[tuple[str, str]]:
@@ -128,6 +130,8 @@ def _backends() -> Iterator[tuple[str, str]]:
         device = "cuda" if name in backends.of_device("cuda") else "cpu"
         reason = backends.can_run(name, call._replace(device=device))
         yield name, "yes" if reason is None else f"no: {reason}"
+        if name == "cuda" and reason is None:
+            yield "", f"its large fp16 products are by {_native.kind_of_products()}"
 
 
 def _threads() -> Iterator[tuple[str, str]]:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from pywino import backends
+from pywino.backends import WORKSPACE_LIMIT
 from pywino.ops import _packed
 from pywino.ops._library import define
 
 _ops = torch.ops.pywino
-WORKSPACE_LIMIT = 256 << 20  # bytes; a larger call runs in several parts
 
 
 def _padded(channels):

@@ -58,6 +58,11 @@ def cuda_include():
     return next((p.resolve() for p in candidates if (p / "cuda_runtime.h").exists()), None)
 
 
+def is_for_sm90a(source):
+    """Whether a .cu file is made of wgmma, and so compiled for sm_90a alone."""
+    return source.stem.endswith("_sm90") or "wgmma.cuh" in source.read_text()
+
+
 def digest(*parts):
     h = hashlib.sha256()
     for part in parts:

@@ -6,7 +6,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from emulator.build import CACHE, CSRC, ROOT, contents, digest, make
+from emulator.build import CACHE, CSRC, ROOT, contents, digest, is_for_sm90a, make
 from emulator.harness import In, InOut, Out, Struct, Workspace
 
 
@@ -14,7 +14,7 @@ def missing(source):
     """Why a kernel cannot run on a GPU here, or None."""
     if not torch.cuda.is_available():
         return "no GPU"
-    if "wgmma.cuh" in source.read_text() and torch.cuda.get_device_capability() != (9, 0):
+    if is_for_sm90a(source) and torch.cuda.get_device_capability() != (9, 0):
         return "wgmma is for sm_90a alone"
     return None
 
@@ -30,6 +30,7 @@ def compile_kernel(source):
     command = ["nvcc", "-std=c++20", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC"]
     command += ["-I", CSRC, "-I", CSRC / "core", "-I", source.parent]
     command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-DPYWINO_HAVE_SM90A=1"] if architecture == "90a" else []
     return make(target, [*command, source, "-o", f"{{}}/{target.name}"])
 
 

@@ -11,6 +11,7 @@ harmless, which the recipe then says, or shows a shape or check that is missing.
 import argparse
 import importlib
 import os
+import random
 import re
 import sys
 import time
@@ -104,10 +105,13 @@ def recipes():
         yield from getattr(importlib.import_module(f"emulator.{path.stem}"), "MUTATE", [])
 
 
-def run(recipe, path, jobs):
-    """Prints what became of one file's mutants; how many got through without an explanation."""
+def run(recipe, path, jobs, sample=None):
+    """Prints what became of one file's mutants, or of a sample of so many; how many got through
+    without an explanation."""
     began = time.monotonic()
     cases = list(mutants(path.read_text()))
+    if sample is not None and sample < len(cases):
+        cases = random.Random(0).sample(cases, sample)
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda case: how_caught(recipe, path, case[0]), cases))
     compiled = [(case, caught) for case, caught in zip(cases, results) if caught is not None]
@@ -129,13 +133,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, help="these only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--sample", type=int, help="so many mutants of each file, not all")
     options = parser.parse_args()
     wanted = {path.resolve() for path in options.sources}
     chosen = [r for r in recipes() if not wanted or Path(r.source).resolve() in wanted]
     if not chosen:
         parser.error("no recipe for these: add one to MUTATE in a tests/emulator/test_*.py")
     files = [(recipe, path) for recipe in chosen for path in (recipe.source, *recipe.headers)]
-    sys.exit(sum(run(recipe, path, options.jobs) for recipe, path in files) > 0)
+    through = [run(recipe, path, options.jobs, options.sample) for recipe, path in files]
+    sys.exit(sum(through) > 0)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from emulator.build import CACHE, CSRC, HERE, ROOT, contents, digest, make
+from emulator.build import CACHE, CSRC, HERE, ROOT, contents, digest, is_for_sm90a, make
 
 TABLE = HERE / "resources.json"
 FLAGS = ["-std=c++20", f"-I{CSRC}", f"-I{CSRC / 'core'}", "--expt-relaxed-constexpr"]
-SM_90A_ONLY = "wgmma.cuh"  # a file that includes it is for sm_90a alone
 REGISTERS = 65536  # of a multiprocessor: the most that a block's threads can have together
 
 # In the table where a kernel has them.
@@ -40,7 +39,7 @@ def sources():
 
 
 def architectures(source):
-    return ["90a"] if SM_90A_ONLY in source.read_text() else ["80", "90a"]
+    return ["90a"] if is_for_sm90a(source) else ["80", "90a"]
 
 
 def missing():

@@ -407,6 +407,11 @@ extern "C" void __tsan_write_range(void* p, size_t bytes) {
     emu::touch_range(p, bytes, Access::write, __builtin_return_address(0));
   }
 }
+// Host code's std::atomic<bool> and the guards of its static variables. Kernels have CUDA's functions for atomics.
+extern "C" char __tsan_atomic8_load(const char* p, int order) { return __atomic_load_n(p, order); }
+extern "C" void __tsan_atomic8_store(char* p, char value, int order) {
+  __atomic_store_n(p, value, order);
+}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}

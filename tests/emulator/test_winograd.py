@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from emulator.build import CSRC, HERE
-from emulator.harness import In, InOut, Out, Struct, Workspace, bf16, from_bf16
+from emulator.harness import EmulatorError, In, InOut, Out, Struct, Workspace, bf16, from_bf16
 from emulator.mutate import Recipe
 
 from pywino.reference import winograd as reference
 
 SOURCE = HERE / "kernels" / "rooms.cu"
+CORE = CSRC / "core" / "winograd"
+SM90 = CORE / "cuda_product_sm90.cu"
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 DOMAINS = {"f16": 0, "f32": 1}
 # The unit roundoff of a format, and half the distance of its smallest numbers.
@@ -31,6 +33,9 @@ BOUND = {
     ("f16", "bf16", 4): 3e-3,
     ("f16", "f32", 2): 7e-4,
     ("f16", "f32", 4): 2e-3,
+    ("f16", "f16", 6): 7.5e-3,
+    ("f16", "bf16", 6): 8e-3,
+    ("f16", "f32", 6): 7.5e-3,
     ("f32", "f32", 2): 7e-7,
     ("f32", "f32", 4): 2.5e-6,
     ("f32", "f32", 6): 7e-6,
@@ -82,6 +87,12 @@ CASES = [
     Case(n=3, c=24, h=5, w=6, k=16, padding=3, dilation=3, tile=2, dtype="bf16", residual=False),
     Case(c=3, h=2, w=1, k=9, padding=4, dilation=4, dtype="f32", channels_last=False, bias=False),
     Case(n=2, c=20, h=8, w=6, k=33, padding=0, tile=2, dtype="f32", domain="f32", relu=True),
+    Case(n=2, c=6, h=13, w=9, k=35, tile=6, channels_last=False),
+    # NCHW: strips of 8 tiles and what is left of a row, dilated ones, more channels than a stage.
+    Case(c=40, h=6, w=45, k=36, dtype="bf16", channels_last=False, relu=True),
+    Case(c=70, h=13, w=11, k=66, padding=2, dilation=2, tile=2, channels_last=False),
+    Case(n=2, c=34, h=5, w=62, k=9, tile=6, dtype="f32", channels_last=False, bias=False),
+    Case(c=50, h=9, w=15, k=12, padding=2, dilation=2, tile=6, dtype="bf16", relu=True),
     Case(c=18, h=6, w=6, k=20, tile=2, winograd_relu=True, dtype="bf16", residual=False),
     Case(c=18, h=6, w=9, k=20, winograd_relu=True, dtype="f32", domain="f32", residual=False),
 ]
@@ -198,7 +209,15 @@ def run_filter(kernel, tensors, tile=None, rotate=False, **how):
     return u, scale
 
 
-def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, **how):
+def launch(kernel, stage, fields, images, **how):
+    """A launcher's call; with so many images before the tensor, where `images` is a number."""
+    if images is None:
+        kernel.call(f"pywino_winograd_{stage}", Struct(fields), None, **how)
+    else:
+        kernel.call(f"winograd_far_{stage}", Struct(fields), images, None, **how)
+
+
+def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, images=None, **how):
     """V and its tiles' scales; `gradient`: D, of an output's gradient."""
     case = tensors.case
     channels, size = (case.k, case.out) if gradient else (case.c, (case.h, case.w))
@@ -222,13 +241,12 @@ def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, **h
         "scale": Out(scale) if by_tile else None,
         "peaks": None if peaks is None else In(peaks),
     }
-    kernel.call("pywino_winograd_input_transform", Struct(fields), None, **how)
+    launch(kernel, "input_transform", fields, images, **how)
     return v, scale
 
 
-def run_product(kernel, domain, v, u, **how):
-    m = np.empty((v.shape[0], v.shape[1], u.shape[1]), v.dtype)
-    fields = {
+def product_fields(domain, v, u, m):
+    return {
         "tiles": c_int64(v.shape[1]),
         "channels": c_int64(v.shape[2]),
         "out_channels": c_int64(u.shape[1]),
@@ -236,9 +254,13 @@ def run_product(kernel, domain, v, u, **how):
         "domain": c_int(DOMAINS[domain]),
         "v": In(v),
         "u": In(u),
-        "m": Out(m),
+        "m": m,
     }
-    kernel.call("pywino_winograd_product", Struct(fields), None, **how)
+
+
+def run_product(kernel, domain, v, u, launcher="pywino_winograd_product", more=(), **how):
+    m = np.empty((v.shape[0], v.shape[1], u.shape[1]), v.dtype)
+    kernel.call(launcher, Struct(product_fields(domain, v, u, Out(m))), *more, None, **how)
     return m
 
 
@@ -310,7 +332,7 @@ def run_input_gradient(
         kernel.call("pywino_winograd_input_gradient", Struct(fields), None, **how)
 
 
-def run_output(kernel, tensors, m, tile_scale, filter_scale, first, **how):
+def run_output(kernel, tensors, m, tile_scale, filter_scale, first, images=None, **how):
     """The output, of which tiles `first` and on are written, the rest is as it was: zero."""
     case = tensors.case
     y = np.zeros(tensors.layout(tensors.residual).shape, tensors.residual.dtype)
@@ -330,7 +352,7 @@ def run_output(kernel, tensors, m, tile_scale, filter_scale, first, **how):
         "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
         "output": InOut(y),
     }
-    kernel.call("pywino_winograd_output_transform", Struct(fields), None, **how)
+    launch(kernel, "output_transform", fields, images, **how)
     return tensors.back(y)
 
 
@@ -382,6 +404,22 @@ def assert_rounded(actual, expected, magnitude, form, sums=1):
     assert (excess <= 0).all(), f"{(excess > 0).sum()} of {excess.size}, worst {excess.max():.2e}"
 
 
+def tap_scale(matrix, domain):
+    """What taps are multiplied by beside tiles, filters and channels, (a, a): each row of a matrix
+    by the power of two that brings its absolute sum nearest to the largest one."""
+    rows = np.abs(matrix).sum(1)
+    shift = 2.0 ** np.floor(np.log2(rows.max() / rows) + 1e-9)
+    if domain == "f32":
+        shift[:] = 1
+    return np.outer(shift, shift)
+
+
+def of_filters(case):
+    """The same of U: in F6 alone, whatever the weight's domain."""
+    _, g, _ = matrices(case)
+    return tap_scale(g, case.domain if case.tile == 6 else "f32")
+
+
 # A transform is two passes of at most four additions of products, each rounded once or twice.
 TRANSFORM = 16
 
@@ -404,6 +442,8 @@ def check_transform(kernel, case, gradient=False, by_channel=False, **how):
     peaks = peaks_of(tensors.grad if gradient else tensors.input) if by_channel else None
     v, scale = run_transform(kernel, tensors, first, count, gradient, peaks, **how)
     growth = np.abs(matrix).sum(1).max() ** 2
+    taps = tap_scale(matrix, case.domain if gradient else "f32").reshape(-1, 1, 1)
+    value, magnitude = value * taps, magnitude * taps
     if by_channel:
         scale = scale_of(peaks, growth)
     else:
@@ -443,6 +483,8 @@ def check_filter_transform(kernel, case, rotate, **how):
             weight = weight[:, :, ::-1, ::-1]
     g = np.eye(case.tile + 2) if case.winograd_relu else matrices(case)[1]
     value, magnitude = transformed(g, weight)
+    taps = of_filters(case).reshape(-1, 1, 1)
+    value, magnitude = value * taps, magnitude * taps
     k, c = weight.shape[:2]
     if case.domain == "f16":
         largest = np.abs(value).max((0, 2))
@@ -458,6 +500,17 @@ def check_filter_transform(kernel, case, rotate, **how):
 
 # taps, tiles, C', K': each of the three block shapes, and edges of each.
 PRODUCTS = [(4, 49, 24, 72), (16, 130, 40, 8), (36, 131, 72, 136), (24, 300, 136, 144)]
+
+
+# The same for wgmma: each of its three tiles, and edges of each; blocks with one tile and with
+# several, fewer steps than stages and more, one step that is not whole.
+PRODUCTS_SM90 = [
+    (2, 300, 136, 264),
+    (5, 250, 200, 128),
+    (1, 129, 520, 120),
+    (7, 65, 8, 72),
+    (1, 260, 64, 136),
+]
 
 
 def check_product(kernel, shape, domain, **how):
@@ -478,6 +531,10 @@ def check_product(kernel, shape, domain, **how):
         assert np.linalg.norm(m - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
+def check_product_sm90(kernel, shape, **how):
+    check_product(kernel, shape, "f16", launcher="pywino_winograd_product_sm90", **how)
+
+
 def check_output_transform(kernel, case, **how):
     tensors = Tensors(case)
     random = np.random.default_rng(1)
@@ -493,6 +550,7 @@ def check_output_transform(kernel, case, **how):
     a = case.tile + 2
     _, _, at = matrices(case)
     square = decode(m)[..., : case.k].reshape(a, a, count, case.k)
+    square = square / of_filters(case)[..., None, None]
     value = np.einsum("pa,abtk,qb->tkpq", at, square, at)
     magnitude = np.einsum("pa,abtk,qb->tkpq", abs(at), abs(square), abs(at))
     if case.domain == "f16":
@@ -559,7 +617,8 @@ def check_filter_gradient(kernel, case, **how):
     a = case.tile + 2
     sums = s.astype(float).sum(0)[:, : case.k, : case.c].transpose(1, 2, 0)
     sizes = abs(s.astype(float)).sum(0)[:, : case.k, : case.c].transpose(1, 2, 0)
-    sums, sizes = (x.reshape(case.k, case.c, a, a) * scale[..., None, None] for x in (sums, sizes))
+    scale = scale[..., None, None] / tap_scale(at.T, case.domain)
+    sums, sizes = (x.reshape(case.k, case.c, a, a) * scale for x in (sums, sizes))
     if not case.winograd_relu:
         sums = np.einsum("ai,kcab,bj->kcij", g, sums, g)
         sizes = np.einsum("ai,kcab,bj->kcij", abs(g), sizes, abs(g))
@@ -569,7 +628,7 @@ def check_filter_gradient(kernel, case, **how):
 def check_input_gradient(kernel, case, masked=True, **how):
     tensors = Tensors(case)
     random = np.random.default_rng(1)
-    bt, _, _ = matrices(case)
+    bt, _, at = matrices(case)
     v, _ = transformed(bt, patches(tensors))
     m = empty((case.taps, v.shape[1], padded(case.c)), case.domain)
     m[...] = random.standard_normal(m.shape)
@@ -582,7 +641,8 @@ def check_input_gradient(kernel, case, masked=True, **how):
         if part.shape[1]:
             scales = tile_scale[tiles], filter_scale
             run_input_gradient(kernel, tensors, part, *scales, first, gradient, masked, **how)
-    dv = decode(m)[..., : case.c]
+    taps = (tap_scale(at.T, case.domain) * of_filters(case)).reshape(-1, 1, 1)
+    dv = decode(m)[..., : case.c] / taps
     dv = dv * (v > 0) if masked else dv
     if case.domain == "f16":
         dv = dv * tile_scale[:, None] * filter_scale
@@ -632,6 +692,15 @@ def test_transforms(emulate, run, check, case):
     check(emulate(SOURCE, mode), case, schedule=schedule)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("check", [check_transform, check_output_transform])
+def test_more_than_two_to_the_31_elements(emulate, check, channels_last):
+    """Images whose elements are numbered from 2^32 on, and their bytes from 2^33 on."""
+    case = Case(c=16, k=16, channels_last=channels_last)
+    images = 2**32 // (16 * case.h * case.w) + 1
+    check(emulate(SOURCE, "check"), case, images=images)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_transforms_of_gradients(emulate, run, case):
     mode, schedule = run
@@ -647,11 +716,44 @@ def test_filter_transform(emulate, run, case, rotate):
     check_filter_transform(emulate(SOURCE, mode), case, rotate, schedule=schedule)
 
 
+MMA = {"launcher": "winograd_product", "more": (0,)}  # mma.sync, where wgmma would be chosen, too
+
+
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_product(emulate, run, shape, domain):
     mode, schedule = run
-    check_product(emulate(SOURCE, mode), shape, domain, schedule=schedule)
+    check_product(emulate(SOURCE, mode), shape, domain, **MMA, schedule=schedule)
+
+
+@pytest.mark.parametrize("shape", PRODUCTS_SM90, ids=str)
+def test_product_sm90(emulate, run, shape):
+    mode, schedule = run
+    check_product_sm90(emulate(SM90, mode), shape, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("shape", "domain", "wgmma", "chosen"),
+    [
+        ((36, 131, 8, 136), "f16", 1, "product_sm90"),
+        ((36, 131, 8, 136), "f16", 0, "product"),
+        ((36, 131, 8, 136), "f32", 1, "product"),
+        ((64, 257, 8, 64), "f16", 1, "product"),  # few outputs
+        ((2, 131, 8, 136), "f16", 1, "product"),  # few blocks
+    ],
+)
+def test_choice_of_the_product(emulate, shape, domain, wgmma, chosen):
+    """By the name of the kernel that writes to an M that is an input."""
+    taps, tiles, c, k = shape
+    v, u, m = (
+        np.zeros((taps, *size), "f2" if domain == "f16" else "f4")
+        for size in ((tiles, c), (k, c), (tiles, k))
+    )
+    arguments = Struct(product_fields(domain, v, u, In(m))), wgmma, None
+    with pytest.raises(EmulatorError) as caught:
+        emulate(SOURCE, "check").call("winograd_product", *arguments)
+    (kernel,) = {finding.kernel for finding in caught.value.findings}
+    assert kernel.strip("(").split("<")[0] == chosen
 
 
 # --- the whole ---
@@ -798,6 +900,7 @@ RELU_CASES = [
     ),
     Case(c=7, h=3, w=5, k=9, padding=2, winograd_relu=True, dtype="f32", channels_last=False),
     Case(n=2, c=6, h=9, w=8, k=5, padding=0, tile=6, winograd_relu=True, dtype="f32", domain="f32"),
+    Case(n=2, c=6, h=9, w=8, k=5, tile=6, winograd_relu=True),
 ]
 
 
@@ -942,10 +1045,9 @@ def direct_filter(tensors):
 
 
 # For mutate.py: each file, by what it is tested with.
-CORE = CSRC / "core" / "winograd"
 MUTATE = [
     Recipe(
-        CORE / "cuda_transforms.cu",
+        HERE / "kernels" / "transforms.cu",
         [
             *(
                 functools.partial(check, case=case)
@@ -960,6 +1062,7 @@ MUTATE = [
             ),
             *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
         ],
+        headers=[CORE / "cuda_transforms.cu", CORE / "cuda_nchw.cu"],
     ),
     Recipe(
         CORE / "cuda_product.cu",
@@ -973,6 +1076,14 @@ MUTATE = [
             "const int64_t steps = (p.tiles + G::BK + 1) / G::BK;": "one more stage of zeros",
         },
         headers=[CSRC / "core" / "common" / "gemm.cuh"],
+    ),
+    Recipe(
+        SM90,
+        [functools.partial(check_product_sm90, shape=shape) for shape in PRODUCTS_SM90],
+        harmless={
+            "int64_t ceil_div(int64_t a, int64_t b) { return (a + b + 1) / b; }": "more zeros",
+        },
+        headers=[CSRC / "core" / "common" / "gemm_sm90.cuh"],
     ),
     Recipe(
         CORE / "cuda_gradients.cu",

@@ -238,7 +238,16 @@ PYWINO_API int weight_gradient(const WeightGradient&, void* stream);
 PYWINO_API int domain_input_gradient(const DomainInputGradient&, void* stream);
 extern "C" {
 PYWINO_API int pywino_winograd_input_transform(const InputTransform*, void* stream);
+// The same of NCHW tensors, which these two are called for.
+int pywino_winograd_input_transform_nchw(const InputTransform*, void* stream);
+int pywino_winograd_output_transform_nchw(const OutputTransform*, void* stream);
 PYWINO_API int pywino_winograd_product(const Product*, void* stream);
+// The same in the f16 domain by wgmma and TMA, where this library has it: pywino_winograd_product calls it.
+int pywino_winograd_product_sm90(const Product*, void* stream);
+// Why the current device's products have no wgmma, or nullptr where the large ones of the f16 domain have.
+PYWINO_API const char* pywino_winograd_why_no_wgmma();
+// For the process: tests and benches hold one kind against the other.
+PYWINO_API void pywino_winograd_allow_wgmma(bool allowed);
 PYWINO_API int pywino_winograd_sparse_product(const Product*, const Zeros*, void* stream);
 PYWINO_API int pywino_winograd_summed_product(const SummedProduct*, void* stream);
 PYWINO_API int pywino_winograd_filter_gradient(const FilterGradient*, void* stream);
@@ -247,6 +256,8 @@ PYWINO_API int pywino_winograd_output_transform(const OutputTransform*, void* st
 PYWINO_API int pywino_winograd_filter_transform(const FilterTransform*, void* stream);
 PYWINO_API int pywino_winograd_direct(const Direct*, void* stream);
 PYWINO_API const char* pywino_cuda_error(int error);
+// The newest CUDA that the driver runs (0: there is no driver), and the one in this library: 13000 is 13.0.
+PYWINO_API int pywino_cuda_versions(int* driver, int* library);
 }
 
 }  // namespace pywino::winograd::cuda

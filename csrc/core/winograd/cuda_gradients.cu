@@ -50,6 +50,9 @@ __global__ void __launch_bounds__(kPatchThreads, 4) input_gradient(InputGradient
 #pragma unroll
     for (int j = 0; j < A; ++j) {
       columns[i][j] = load_channels<Dom, V>(m);
+      if (std::is_same_v<Dom, __half>)
+        columns[i][j] =
+            1 / (tap_scale<OutputTiles<M>>(i, j) * tap_scale<Filters<M>>(i, j)) * columns[i][j];
       m += tap;
 #pragma unroll
       for (int e = 0; e < V; ++e)
@@ -111,7 +114,8 @@ __global__ void __launch_bounds__(kThreads) filter_gradient(FilterGradient p) {
   const auto sum = [&](int i) {
     float x = 0.f;
     for (int split = 0; split < p.splits; ++split) x += s[(split * A * A + i) * tap];
-    return ldexpf(x, exponent);
+    const int of_tap = OutputTiles<M>::shift(i / A) + OutputTiles<M>::shift(i % A);
+    return ldexpf(x, exponent - (p.grad_peaks ? of_tap : 0));
   };
   W* gradient = static_cast<W*>(p.gradient);
   if (!p.spatial) {

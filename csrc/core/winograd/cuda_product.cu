@@ -4,8 +4,11 @@
 //
 // Operations: 2 C K a tile and tap, so a^2 / (9 m^2) of the direct convolution's (F4: a quarter). Bytes: V read once from
 // memory when the blocks that share its rows run side by side (columns innermost in the block order), U from L2.
+#include <atomic>
+
 #include "../common/gemm.cuh"
 #include "../common/launch.cuh"
+#include "../common/tensor_maps.h"
 #include "cuda.h"
 
 namespace pywino::winograd::cuda {
@@ -130,21 +133,50 @@ int launch(const Product& p, void* stream) {
   return int(cudaGetLastError());
 }
 
+// Whether blocks of 128 x 128 keep every multiprocessor busy.
+bool is_large(const Product& p) {
+  const int64_t blocks = p.taps * ((p.tiles + 127) / 128) * ((p.out_channels + 127) / 128);
+  return blocks >= 128 && p.tiles > 64;
+}
+
 // 128 x 128 where there is enough work for it, narrower blocks for few channels, small ones for few tiles.
 template <class Mma>
 int launch_for(const Product& p, void* stream) {
-  const int64_t large = p.taps * ((p.tiles + 127) / 128) * ((p.out_channels + 127) / 128);
-  if (large < 128 || p.tiles <= 64) return launch<Gemm<Mma, 64, 64, 2, 2>>(p, stream);
+  if (!is_large(p)) return launch<Gemm<Mma, 64, 64, 2, 2>>(p, stream);
   if (p.out_channels <= 64) return launch<Gemm<Mma, 128, 64, 4, 2>>(p, stream);
   return launch<Gemm<Mma, 128, 128, 2, 4>>(p, stream);
 }
 
+std::atomic<bool> wgmma_allowed{true};
+
 }  // namespace
 
 extern "C" int pywino_winograd_product(const Product* p, void* stream) {
-  return p->domain == Domain::f16 ? launch_for<MmaF16>(*p, stream)
-                                  : launch_for<MmaTf32x3>(*p, stream);
+  if (p->domain == Domain::f32) return launch_for<MmaTf32x3>(*p, stream);
+#ifdef PYWINO_HAVE_SM90A
+  if (is_large(*p) && p->out_channels > 64 && wgmma_allowed && !pywino_winograd_why_no_wgmma())
+    return pywino_winograd_product_sm90(p, stream);
+#endif
+  return launch_for<MmaF16>(*p, stream);
 }
+
+extern "C" const char* pywino_winograd_why_no_wgmma() {
+#ifdef PYWINO_HAVE_SM90A
+  int device = 0, major = 0, minor = 0;
+  auto error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error) return cudaGetErrorString(error);
+  if (major != 9 || minor != 0) return "wgmma is for GPUs of compute capability 9.0 alone";
+  if (!tensor_map_encoder())
+    return "the driver makes no tensor maps: update it to CUDA 12 or later";
+  return nullptr;
+#else
+  return "this library holds no code for sm_90a: build it with 9.0a in TORCH_CUDA_ARCH_LIST";
+#endif
+}
+
+extern "C" void pywino_winograd_allow_wgmma(bool allowed) { wgmma_allowed = allowed; }
 
 extern "C" int pywino_winograd_summed_product(const SummedProduct* p, void* stream) {
   return p->domain == Domain::f16 ? launch_for<MmaF16>(*p, stream)

@@ -40,12 +40,21 @@ __device__ inline Position position(const Tiles& tiles, int64_t index) {
   return p;
 }
 
+// The f16 domain has powers of two for taps, too: tap (i, j) of D, and of U in F6, is times 2^(shift(i) + shift(j)), which
+// brings each row of the matrix up to the largest absolute sum of a row. Without them what is small by its row alone, and
+// large again by A^T or G^T, would lie among fp16's subnormal numbers (F6: rows of A from 1 to 63, of G from 0.08 to 1.2).
+template <class X>
+__device__ constexpr float tap_scale(int i, int j) {
+  return float(1 << (X::shift(i) + X::shift(j)));
+}
+
 // What goes into the domain by X d X^T, |X d X^T| <= 2^kGrowth max |d|: the square of X's largest absolute row sum, rounded
 // up to a power of two.
 template <int M>
 struct Patches {  // of the input, by B^T (F2: 2 and 4; F4: 5.28 and 27.9; F6: 15 and 225)
   static constexpr int kTile = M, A = Transform<M>::A, kSize = A;
   static constexpr int kGrowth = M == 2 ? 2 : M == 4 ? 5 : 8;
+  static constexpr int shift(int) { return 0; }
   template <class T>
   PYWINO_INLINE static void transform(const T* d, T* o) {
     Transform<M>::input(d, o);
@@ -56,10 +65,20 @@ struct
     OutputTiles {  // of the output's gradient, by A (F2: 2 and 4; F4: 8.125 and 66.02; F6: 63 and 3969)
   static constexpr int kTile = M, A = Transform<M>::A, kSize = M;
   static constexpr int kGrowth = M == 2 ? 2 : M == 4 ? 7 : 12;
+  // A hexadecimal digit for each row, the first one on the right: a table would be memory where i is not constant.
+  static constexpr int shift(int i) {
+    return (M == 2 ? 0x1001 : M == 4 ? 0x300113 : 0x55500335) >> 4 * i & 15;
+  }
   template <class T>
   PYWINO_INLINE static void transform(const T* y, T* o) {
     Transform<M>::output_transposed(y, o);
   }
+};
+
+// The filters', by G.
+template <int M>
+struct Filters {
+  static constexpr int shift(int i) { return M == 6 && (i == 3 || i == 4) ? 4 : 0; }
 };
 
 // The power of two above 2^bits x, x >= 0, as an exponent that 2^exponent and 2^-exponent both have as floats.
@@ -105,6 +124,45 @@ __device__ inline Patch<V, In> patch_of(const void* tensor, const TensorMap& map
   return patch;
 }
 
+// The last step into the domain, from the columns X d: X d X^T, ReLU, scales, and V of all taps, `tap` elements apart.
+template <class From, class Out, int V>
+__device__ inline void store_in_domain(const Channels<V> (&columns)[From::A][From::kSize],
+                                       const float (&scales)[V], bool relu, Out* v, int64_t tap) {
+#pragma unroll
+  for (int i = 0; i < From::A; ++i) {
+    Channels<V> o[From::A];
+    From::transform(columns[i], o);
+#pragma unroll
+    for (int j = 0; j < From::A; ++j) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (relu) o[j].x[e] = o[j].x[e] < 0.f ? 0.f : o[j].x[e];  // NaN stays
+        o[j].x[e] *= std::is_same_v<Out, __half> ? scales[e] * tap_scale<From>(i, j) : scales[e];
+      }
+      store_channels<Out, V>(v + (i * From::A + j) * tap, o[j]);
+    }
+  }
+}
+
+// The first step out of it: A^T M.
+template <int M, class In, int V>
+__device__ inline void load_from_domain(const In* m, int64_t tap,
+                                        Channels<V> (&columns)[M][Transform<M>::A]) {
+  constexpr int A = Transform<M>::A;
+#pragma unroll
+  for (int j = 0; j < A; ++j) {
+    Channels<V> d[A], o[M];
+#pragma unroll
+    for (int i = 0; i < A; ++i) {
+      d[i] = load_channels<In, V>(m + (i * A + j) * tap);
+      if (std::is_same_v<In, __half>) d[i] = 1 / tap_scale<Filters<M>>(i, j) * d[i];
+    }
+    Transform<M>::output(d, o);
+#pragma unroll
+    for (int i = 0; i < M; ++i) columns[i][j] = o[i];
+  }
+}
+
 // --- launches: run-time choices to template arguments
 
 template <class Function>
@@ -144,6 +202,9 @@ inline bool in_pairs(const TensorMap& map, int tile, std::initializer_list<const
   for (const void* t : tensors) pairs &= reinterpret_cast<uintptr_t>(t) % 8 == 0;
   return pairs;
 }
+
+// Whether neighbours in memory are pixels, not channels: cuda_nchw.cu.
+inline bool is_nchw(const TensorMap& map) { return map.stride_c != 1 && map.stride_w == 1; }
 
 inline dim3 blocks(int64_t count) { return dim3(unsigned(count)); }
 

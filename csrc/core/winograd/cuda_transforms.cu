@@ -72,20 +72,7 @@ __global__ void __launch_bounds__(kThreads, From::kTile == 6 ? 1 : 2)
       scales[e] = kScaled && p.peaks && c + e < p.map.c
                       ? power_of_two(-exponent_above(p.peaks[c + e], From::kGrowth))
                       : scale;
-#pragma unroll
-    for (int i = 0; i < A; ++i) {
-      Channels<V> o[A];
-      From::transform(columns[i], o);
-#pragma unroll
-      for (int j = 0; j < A; ++j) {
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          if (p.relu) o[j].x[e] = o[j].x[e] < 0.f ? 0.f : o[j].x[e];  // NaN stays
-          o[j].x[e] *= scales[e];
-        }
-        store_channels<Out, V>(v + (i * A + j) * tap + c, o[j]);
-      }
-    }
+    store_in_domain<From>(columns, scales, p.relu, v + c, tap);
   }
 }
 
@@ -103,15 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform 
   const In* m = static_cast<const In*>(p.m) + tile * p.channels + k;
   const int64_t tap = p.count * p.channels;
   Channels<V> columns[M][A];  // A^T M
-#pragma unroll
-  for (int j = 0; j < A; ++j) {
-    Channels<V> d[A], o[M];
-#pragma unroll
-    for (int i = 0; i < A; ++i) d[i] = load_channels<In, V>(m + (i * A + j) * tap);
-    Transform<M>::output(d, o);
-#pragma unroll
-    for (int i = 0; i < M; ++i) columns[i][j] = o[i];
-  }
+  load_from_domain<M>(m, tap, columns);
 
   const Position at = position(p.tiles, p.first + tile);
   const int64_t corner = at.n * p.map.stride_n + k * p.map.stride_c;
@@ -191,7 +170,8 @@ __global__ void __launch_bounds__(kThreads) filter_transform(FilterTransform p) 
       double u[A * A];
       transform_kernel<M, W>(p, k, c, u);
 #pragma unroll
-      for (int i = 0; i < A * A; ++i) top = fmaxf(top, fabsf(float(u[i])));
+      for (int i = 0; i < A * A; ++i)
+        top = fmaxf(top, fabsf(float(u[i])) * tap_scale<Filters<M>>(i / A, i % A));
     }
 #pragma unroll
     for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
@@ -209,13 +189,17 @@ __global__ void __launch_bounds__(kThreads) filter_transform(FilterTransform p) 
     double u[A * A] = {};
     if (k < p.out_channels && c < p.in_channels) transform_kernel<M, W>(p, k, c, u);
 #pragma unroll
-    for (int i = 0; i < A * A; ++i) row[i * tap + c] = from_float<E>(float(u[i]) * scale);
+    for (int i = 0; i < A * A; ++i) {
+      const float of_tap = std::is_same_v<E, __half> ? tap_scale<Filters<M>>(i / A, i % A) : 1.f;
+      row[i * tap + c] = from_float<E>(float(u[i]) * (scale * of_tap));
+    }
   }
 }
 
 }  // namespace
 
 extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* stream) {
+  if (is_nchw(p->map)) return pywino_winograd_input_transform_nchw(p, stream);
   const bool pairs = in_pairs(p->map, p->tiles.size, {p->input});
   int warps_per_tile = 1;
   while (warps_per_tile < kWarps && warps_per_tile * 32 * (pairs ? 2 : 1) < p->channels)
@@ -245,6 +229,7 @@ extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* st
 }
 
 extern "C" int pywino_winograd_output_transform(const OutputTransform* p, void* stream) {
+  if (is_nchw(p->map)) return pywino_winograd_output_transform_nchw(p, stream);
   const bool pairs = in_pairs(p->map, p->tiles.size, {p->residual, p->output});
   const int64_t threads = p->count * ((p->map.c + pairs) / (1 + pairs));
   const dim3 grid = blocks((threads + kThreads - 1) / kThreads);
@@ -290,6 +275,11 @@ extern "C" int pywino_winograd_filter_transform(const FilterTransform* p, void* 
 
 extern "C" const char* pywino_cuda_error(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+extern "C" int pywino_cuda_versions(int* driver, int* library) {
+  const auto error = cudaDriverGetVersion(driver);
+  return int(error ? error : cudaRuntimeGetVersion(library));
 }
 
 }  // namespace pywino::winograd::cuda

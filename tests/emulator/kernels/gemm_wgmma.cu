@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // C (M x N, fp32) = A (M x K) B (N x K)^T, bf16 by rows, for sm_90a: one warpgroup brings tiles by TMA, two compute with
 // wgmma, and mbarriers hand the ring's stages to and fro.
+#include "common/tensor_maps.h"
 #include "common/wgmma.cuh"
-#include "tensor_maps.h"
 
 using namespace pywino;
 

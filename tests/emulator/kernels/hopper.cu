@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One launcher an instruction of sm_90a: TMA loads and stores, wgmma. As instructions.cu, for tests here and on a GPU.
+#include "common/tensor_maps.h"
 #include "common/wgmma.cuh"
-#include "tensor_maps.h"
 
 using namespace pywino;
 

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The project's kernels and the host code that runs them in order, as one library for the tests.
+#ifdef PYWINO_EMULATOR
+#define PYWINO_HAVE_SM90A 1  // on a GPU, gpu.py says so
+#endif
 #include "core/channel_attention/cuda.cu"
 #include "core/conv_lstm/cuda.cu"
 #include "core/masked_conv/cuda.cu"
@@ -9,12 +12,24 @@
 #include "core/winograd/cuda.cpp"
 #include "core/winograd/cuda_direct.cu"
 #include "core/winograd/cuda_gradients.cu"
+#include "core/winograd/cuda_nchw.cu"
 #include "core/winograd/cuda_product.cu"
 #include "core/winograd/cuda_sparse_product.cu"
 #include "core/winograd/cuda_transforms.cu"
+#ifdef PYWINO_HAVE_SM90A
+#include "core/winograd/cuda_product_sm90.cu"
+#endif
 
 namespace cuda = pywino::winograd::cuda;
 using pywino::winograd::Geometry;
+
+// The product by the kernel that is chosen, or by mma.sync.
+extern "C" int winograd_product(const cuda::Product* p, int wgmma, void* stream) {
+  cuda::pywino_winograd_allow_wgmma(wgmma);
+  const int error = cuda::pywino_winograd_product(p, stream);
+  cuda::pywino_winograd_allow_wgmma(true);
+  return error;
+}
 
 extern "C" int winograd_forward(const cuda::Forward* p, void* stream) {
   return cuda::forward(*p, stream);
@@ -26,6 +41,27 @@ extern "C" int winograd_weight_gradient(const cuda::WeightGradient* p, void* str
 
 extern "C" int winograd_domain_input_gradient(const cuda::DomainInputGradient* p, void* stream) {
   return cuda::domain_input_gradient(*p, stream);
+}
+
+// A transform as if its tensor were the last of a batch with so many images before it, of which no memory is there: its own
+// begins where that image would.
+extern "C" int winograd_far_input_transform(const cuda::InputTransform* given, int64_t images,
+                                            void* stream) {
+  cuda::InputTransform p = *given;
+  const int64_t size = p.dtype == pywino::DType::f32 ? 4 : 2;
+  p.input = static_cast<const char*>(p.input) - images * p.map.stride_n * size;
+  p.first += images * p.tiles.count;
+  return cuda::pywino_winograd_input_transform(&p, stream);
+}
+
+extern "C" int winograd_far_output_transform(const cuda::OutputTransform* given, int64_t images,
+                                             void* stream) {
+  cuda::OutputTransform p = *given;
+  const int64_t bytes = images * p.map.stride_n * (p.dtype == pywino::DType::f32 ? 4 : 2);
+  p.output = static_cast<char*>(p.output) - bytes;
+  p.residual = static_cast<const char*>(p.residual) - bytes;
+  p.first += images * p.tiles.count;
+  return cuda::pywino_winograd_output_transform(&p, stream);
 }
 
 // numbers[0]: the parts of the weight gradient's sum, numbers[1]: the floats of their sums.
