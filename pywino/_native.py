@@ -64,26 +64,32 @@ def force_isa(name: str) -> Iterator[None]:
         _forced = before
 
 
-@functools.cache
 def why_no_cuda() -> str | None:
     """None where the CUDA kernels run on the current device, else why not and what to do."""
     if not loaded:
         return f"the native library is not loaded: {reason}"
+    import torch
+
+    return _why_no_cuda_on(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+@functools.cache
+def _why_no_cuda_on(index: int | None) -> str | None:
     record = build_record()
     if "cuda" not in record:
         why = record.get("no_cuda", "nvcc was not found when it was built")
         return f"the library has no CUDA kernels: {why}; install CUDA and type `{INSTALL}`"
+    if index is None:
+        return "torch sees no GPU"
     import torch
 
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
     driver, library = host.cuda_versions()
     if driver // 1000 < library // 1000:  # a library runs on every driver of its major version
         return (
             f"the driver is for CUDA {_release(driver)}, the library has CUDA {_release(library)}: "
             f"update the driver, or install that CUDA and type `{INSTALL}`"
         )
-    device = torch.cuda.get_device_capability()
+    device = torch.cuda.get_device_capability(index)
     if not any(_image_runs(name, device) for name in record["cuda"].split(";")):
         have = "{}.{}".format(*device)
         return (

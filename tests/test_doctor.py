@@ -155,18 +155,28 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(_native, "loaded", True)
     monkeypatch.setattr(_native, "build_record", lambda: {"cuda": "80-real;90a-real"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    _native.why_no_cuda.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    _native._why_no_cuda_on.cache_clear()
     yield host
-    _native.why_no_cuda.cache_clear()
+    _native._why_no_cuda_on.cache_clear()
 
 
 def test_a_driver_that_is_too_old_is_named(on_a_gpu):
     assert _native.why_no_cuda() is None
-    _native.why_no_cuda.cache_clear()
+    _native._why_no_cuda_on.cache_clear()
     on_a_gpu.cuda_versions = lambda: (12060, 13000)
     reason = _native.why_no_cuda()
     assert reason.startswith("the driver is for CUDA 12.6, the library has CUDA 13.0: update")
+
+
+def test_each_device_has_its_reason(on_a_gpu, monkeypatch):
+    assert _native.why_no_cuda() is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    reason = _native.why_no_cuda()
+    assert reason.startswith("the kernels were built for 80-real;90a-real, the GPU is sm_75; type")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert _native.why_no_cuda() is None
 
 
 def test_what_multiplies_is_named(on_a_gpu):
