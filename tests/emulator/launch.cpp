@@ -34,10 +34,6 @@ size_t static_bytes = 0;
 
 size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-uint32_t dynamic_address() {
-  return kSharedBase + static_cast<uint32_t>(round_up(static_bytes, kSharedAlignment));
-}
-
 void allocate_dynamic_shared() {
   if (dynamic_end) return;
   const size_t bytes = round_up(kMaxDynamicShared + kSharedAlignment, kPage);
@@ -121,18 +117,18 @@ void* dyn_smem() { return dynamic_shared; }
 uint32_t to_shared(const void* vp) {
   const char* p = static_cast<const char*>(vp);
   if (p >= dynamic_shared && p <= dynamic_shared + dynamic_bytes) {
-    return dynamic_address() + static_cast<uint32_t>(p - dynamic_shared);
+    return kDynamicBase + static_cast<uint32_t>(p - dynamic_shared);
   }
   if (p >= static_shared && p <= static_shared + static_bytes) {
-    return kSharedBase + static_cast<uint32_t>(p - static_shared);
+    return kStaticBase + static_cast<uint32_t>(p - static_shared);
   }
   fail("ADDRESS", __builtin_return_address(0), nullptr, "%p is not in shared memory", vp);
   return 0;
 }
 
 char* shared_at(uint32_t address, int bytes, const void* pc) {
-  const bool is_dynamic = address >= dynamic_address();
-  const size_t offset = address - (is_dynamic ? dynamic_address() : kSharedBase);
+  const bool is_dynamic = address < kStaticBase;
+  const size_t offset = address - (is_dynamic ? kDynamicBase : kStaticBase);
   const size_t size = is_dynamic ? dynamic_bytes : static_bytes;
   if (offset + bytes > size) {
     fail("OUT-OF-BOUNDS", pc, nullptr, "%d bytes at %s shared memory+%zd, which has %zu", bytes,
@@ -171,12 +167,6 @@ int launch(const char* name, const void* function, dim3 grid, dim3 size, size_t 
   dynamic_shared = dynamic_end - round_up(shared_bytes, kSharedAlignment);
   Module module = {static_cast<const char*>(anchor), nullptr, nullptr};
   dl_iterate_phdr(look_for_module, &module);
-  if (dynamic_address() + shared_bytes > kSharedEnd) {
-    report("LAUNCH", function, nullptr,
-           "%zu bytes of static shared memory in the file, and %zu dynamic", static_bytes,
-           shared_bytes);
-    return 1;
-  }
   if (checking) {
     set_shared(dynamic_shared, dynamic_bytes, static_shared, static_bytes);
     set_module(module.low, module.high);

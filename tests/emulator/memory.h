@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Shared memory as the hardware addresses it, with a number: first the static part, then the dynamic one. Everything stays
-// below 256 KB, because the matrix descriptors of wgmma have 18 bits for an address.
+// Shared memory as the hardware addresses it, with a number. The dynamic part lies below 256 KB, because the matrix
+// descriptors of wgmma have 18 bits for an address, and the static one behind it: that is what all kernels of a file have
+// together here, and may be more than beside the dynamic one there is room for.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,8 @@
 namespace emu {
 
 inline constexpr size_t kMaxDynamicShared = 227 << 10;  // what a block of sm_90 may ask for
-inline constexpr uint32_t kSharedBase = 1 << 10;        // not 0, which would hide a forgotten base
-inline constexpr uint32_t kSharedEnd = 1 << 18;
+inline constexpr uint32_t kDynamicBase = 1 << 10;       // not 0, which would hide a forgotten base
+inline constexpr uint32_t kStaticBase = kDynamicBase + kMaxDynamicShared;
 inline constexpr size_t kSharedAlignment = 1024;
 
 // The bytes from `address` on. Fails where they are not all in shared memory.

@@ -752,7 +752,8 @@ def test_choice_of_the_product(emulate, shape, domain, wgmma, chosen):
     arguments = Struct(product_fields(domain, v, u, In(m))), wgmma, None
     with pytest.raises(EmulatorError) as caught:
         emulate(SOURCE, "check").call("winograd_product", *arguments)
-    (kernel,) = {finding.kernel for finding in caught.value.findings}
+    ((kind, kernel),) = {(finding.kind, finding.kernel) for finding in caught.value.findings}
+    assert kind == "READ-ONLY"
     assert kernel.strip("(").split("<")[0] == chosen
 
 
@@ -882,6 +883,16 @@ def test_forward(emulate, mode, case):
     tensors = Tensors(case)
     y, _ = run_forward(emulate(SOURCE, mode), tensors)
     assert error(y, convolution(tensors)) <= BOUND[case.domain, case.dtype, case.tile]
+
+
+@pytest.mark.parametrize("mode", ["fast", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_forward_of_many_tiles_and_outputs(emulate, mode):
+    """Large enough for wgmma, where there is that, among the other stages."""
+    case = Case(n=2, c=40, h=33, w=34, k=136, dtype="bf16", residual=False)
+    tensors = Tensors(case)
+    y, tiles = run_forward(emulate(SOURCE, mode), tensors)
+    assert case.taps * -(-tiles // 128) * -(-case.k // 128) >= 128
+    assert error(y, convolution(tensors)) <= BOUND["f16", "bf16", 4]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -1082,6 +1093,7 @@ MUTATE = [
         [functools.partial(check_product_sm90, shape=shape) for shape in PRODUCTS_SM90],
         harmless={
             "int64_t ceil_div(int64_t a, int64_t b) { return (a + b + 1) / b; }": "more zeros",
+            "if (thread == 0) ptx::tma_store_wait_group_read<kSlabs - 2>();": "waits for both",
         },
         headers=[CSRC / "core" / "common" / "gemm_sm90.cuh"],
     ),
