@@ -226,19 +226,24 @@ def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, **h
     return v, scale
 
 
-def run_product(kernel, domain, v, u, **how):
-    m = np.empty((v.shape[0], v.shape[1], u.shape[1]), v.dtype)
+def product_of(domain, v, u, m):
+    """The struct of a product into M."""
     fields = {
         "tiles": c_int64(v.shape[1]),
         "channels": c_int64(v.shape[2]),
-        "out_channels": c_int64(u.shape[1]),
+        "out_channels": c_int64(m.shape[2]),
         "taps": c_int(v.shape[0]),
         "domain": c_int(DOMAINS[domain]),
         "v": In(v),
         "u": In(u),
         "m": Out(m),
     }
-    kernel.call("pywino_winograd_product", Struct(fields), None, **how)
+    return Struct(fields)
+
+
+def run_product(kernel, domain, v, u, **how):
+    m = np.empty((v.shape[0], v.shape[1], u.shape[1]), v.dtype)
+    kernel.call("pywino_winograd_product", product_of(domain, v, u, m), None, **how)
     return m
 
 
