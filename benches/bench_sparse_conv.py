@@ -69,6 +69,17 @@ def _dense_peers(layer: Layer, stride: int = 1, kernel: int = 3) -> dict:
     return peers
 
 
+def _aten_gradients(grad, x, w, stride, padding, wanted) -> dict:
+    """PyTorch's gradient by the input or the weight in both memory formats, of all weights."""
+    runs = {}
+    for name, memory_format in FORMATS.items():
+        own = [t.contiguous(memory_format=memory_format) for t in (grad, x, w)]
+        runs[name] = lambda own=own: torch.ops.aten.convolution_backward(
+            *own, None, stride, padding, (1, 1), False, (0, 0), 1, wanted
+        )[wanted.index(True)]
+    return runs
+
+
 # ------------------------------------------------------------------------------ the Winograd domain
 
 
@@ -166,11 +177,7 @@ def test_winograd_backward(compare, native, layer, sparsity):
         name: lambda filter=filter: _ops._winograd_domain_backward_input(grad, last, filter, *where)
         for name, filter in filters.items()
     }
-    for name, memory_format in FORMATS.items():
-        own = [t.contiguous(memory_format=memory_format) for t in (grad, last, w)]
-        runs[name] = lambda own=own: torch.ops.aten.convolution_backward(
-            *own, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, False, False)
-        )[0]
+    runs |= _aten_gradients(grad, last, w, (1, 1), (1, 1), (True, False, False))
     ours = runs.pop("sparse")
     compare(
         {"f4": ours},
@@ -251,22 +258,72 @@ def test_spatial_break_even(compare, native, layer, how, sparsity):
     _compare_spatial(compare, layer, "3x3", sparsity, how)
 
 
+@pytest.mark.benchmark(group="sparse_conv_backward_input")
+@pytest.mark.layers(full=_VGG_B1, default=())
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("how", ["unstructured", "blocks"])
+@torch.inference_mode()
+def test_backward_input(compare, native, layer, how, sparsity):
+    """input gradient of a 3x3 spatial weight without its zeros, channels_last, against PyTorch's"""
+    x, w, _ = layer.tensors(memory_format=CHANNELS_LAST)
+    w = w * _mask(w.shape, sparsity, how)
+    grad = x.flip(0, 2)[:, : layer.k].contiguous(memory_format=CHANNELS_LAST)
+    filter = sparse_conv.pack(w, how, rotate=True)
+    where = (w.shape[1], (3, 3), (1, 1), (1, 1), (1, 1))
+    compare(
+        {"channels_last": lambda: sparse_conv.native_forward(grad, filter, None, *where)},
+        _aten_gradients(grad, x, w, (1, 1), (1, 1), (True, False, False)),
+        reference=lambda: torch.nn.grad.conv2d_input(x.shape, w.double(), grad.double(), padding=1),
+        limit=LIMIT_DIRECT,
+        note=f"{DENSE} The filter is packed before.",
+    )
+
+
+@pytest.mark.benchmark(group="sparse_conv_backward_weight")
+@pytest.mark.layers(full=_VGG_B1, default=_SHORTEST)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_backward_weight(compare, native, layer, case, sparsity):
+    """weight gradient of the kept 16 x 1 blocks of kernels alone, channels_last, against PyTorch's
+    of all weights"""
+    kernel, stride = CASES[case]
+    x, w, _ = _spatial(layer, sparsity, "blocks", kernel)
+    x, padding = x.contiguous(memory_format=CHANNELS_LAST), (kernel // 2,) * 2
+    where = ((stride, stride), padding, (1, 1))
+    grad = torch.randn_like(F.conv2d(x, w, None, *where)).contiguous(memory_format=CHANNELS_LAST)
+    compare(
+        {"channels_last": lambda: _ops._sparse_kept_gradient(grad, x, w, *where)},
+        _aten_gradients(grad, x, w, *where[:2], (False, True, False)),
+        reference=lambda: (
+            torch.nn.grad.conv2d_weight(x.double(), w.shape, grad.double(), *where) * (w != 0)
+        ),
+        limit=3 * LIMIT_DIRECT,
+        same=False,
+        note="PyTorch's kernel computes the gradient of every weight.",
+    )
+
+
 @pytest.mark.benchmark(group="sparse_conv_csr")
 @pytest.mark.layers(full=_VGG_B1, default=())
+@pytest.mark.parametrize("sparsity", SPARSITIES[1:])
+@pytest.mark.parametrize("case", ["1x1", "3x3"])
 @torch.inference_mode()
-def test_torch_sparse(compare, native, layer):
-    """1x1 with 90 % zeros: ours against torch's own CSR product on the unfolded image"""
-    x, w, b = _spatial(layer, 90, "unstructured", 1)
+def test_torch_sparse(compare, native, layer, case, sparsity):
+    """zeros anywhere: ours against torch's own CSR product on the unfolded image"""
+    kernel, padding = CASES[case][0], CASES[case][0] // 2
+    x, w, b = _spatial(layer, sparsity, "unstructured", kernel)
     filter = sparse_conv.pack(w, "unstructured")
-    where = (len(w), (1, 1), (1, 1), (0, 0), (1, 1))
-    csr, image = w.flatten(1).to_sparse_csr(), x[0].flatten(1)
+    where = (len(w), (kernel, kernel), (1, 1), (padding, padding), (1, 1))
+    csr = w.flatten(1).to_sparse_csr()
+    unfolded = lambda: x[0].flatten(1) if kernel == 1 else F.unfold(x, kernel, padding=padding)[0]  # noqa: E731
     compare(
         lambda: sparse_conv.native_forward(x, filter, b, *where),
         {
-            "nchw": lambda: F.conv2d(x, w, b),
-            "CSR": lambda: ((csr @ image) + b[:, None]).unflatten(1, x.shape[2:])[None],
+            "nchw": lambda: F.conv2d(x, w, b, padding=padding),
+            "CSR": lambda: ((csr @ unfolded()) + b[:, None]).unflatten(1, x.shape[2:])[None],
         },
-        reference=lambda: F.conv2d(x.double(), w.double(), b.double()),
+        reference=lambda: F.conv2d(x.double(), w.double(), b.double(), padding=padding),
         limit=LIMIT_DIRECT,
         note=PACKED,
     )

@@ -328,6 +328,7 @@ for _op in ("", "_backward_input", "_backward_weight"):
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
 register("cpu", "sparse_conv2d", _direct_cpu)
+register("cpu", "sparse_conv2d_backward_weight", _direct_cpu)
 register("cuda", "sparse_conv2d", _sparse_cuda)
 register("triton", "sparse_conv2d", _sparse_triton)
 register("cpu", "masked_conv2d", _direct_cpu)

@@ -43,6 +43,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def ieee():
+    """On a GPU fp32 means fp32, in PyTorch's kernels and ours, unless a test says otherwise."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.fixture(params=ISAS, ids=str)
 def isa(request):
     """Runs a test under every instruction set that this machine has."""

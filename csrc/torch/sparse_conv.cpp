@@ -36,11 +36,10 @@ Tensor sparse_pack(const Tensor& weight, bool rotate, bool blocks) {
   return packed;
 }
 
-Tensor sparse_forward(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
-                      int64_t out_channels, IntHeaderOnlyArrayRef kernel_size,
-                      IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
-                      IntHeaderOnlyArrayRef dilation) {
-  constexpr const char* op = "pywino::_sparse_forward";
+sparse_conv::Geometry geometry_of(const Tensor& input, int64_t out_channels,
+                                  IntHeaderOnlyArrayRef kernel_size, IntHeaderOnlyArrayRef stride,
+                                  IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
+                                  const char* op) {
   check_dense(input, op, "input");
   STD_TORCH_CHECK(
       kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -48,26 +47,35 @@ Tensor sparse_forward(const Tensor& input, const Tensor& filter, const std::opti
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
                     op, ": padding must be >= 0, kernel_size, stride and dilation >= 1");
-  sparse_conv::ForwardParams p;
-  sparse_conv::Geometry& g = p.geometry;
-  g = {input.size(0),
-       input.size(1),
-       input.size(2),
-       input.size(3),
-       out_channels,
-       kernel_size[0],
-       kernel_size[1],
-       stride[0],
-       stride[1],
-       padding[0],
-       padding[1],
-       dilation[0],
-       dilation[1],
-       is_channels_last(input),
-       dtype_of(input, op, "input")};
+  const sparse_conv::Geometry g = {input.size(0),
+                                   input.size(1),
+                                   input.size(2),
+                                   input.size(3),
+                                   out_channels,
+                                   kernel_size[0],
+                                   kernel_size[1],
+                                   stride[0],
+                                   stride[1],
+                                   padding[0],
+                                   padding[1],
+                                   dilation[0],
+                                   dilation[1],
+                                   is_channels_last(input),
+                                   dtype_of(input, op, "input")};
   STD_TORCH_CHECK(g.h + 2 * g.pad_h > g.dil_h * (g.kernel_h - 1) &&
                       g.w + 2 * g.pad_w > g.dil_w * (g.kernel_w - 1),
                   op, ": the output would be empty");
+  return g;
+}
+
+Tensor sparse_forward(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
+                      int64_t out_channels, IntHeaderOnlyArrayRef kernel_size,
+                      IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+                      IntHeaderOnlyArrayRef dilation) {
+  constexpr const char* op = "pywino::_sparse_forward";
+  sparse_conv::ForwardParams p;
+  const sparse_conv::Geometry& g = p.geometry =
+      geometry_of(input, out_channels, kernel_size, stride, padding, dilation, op);
   const bool is_filter =
       filter.scalar_type() == ScalarType::Int && filter.is_contiguous() &&
       sparse_conv::filter_fits(static_cast<const int32_t*>(filter.const_data_ptr()), filter.numel(),
@@ -88,10 +96,46 @@ Tensor sparse_forward(const Tensor& input, const Tensor& filter, const std::opti
   return output;
 }
 
+// dW of what is not zero in the weight, zero elsewhere.
+Tensor sparse_kept_gradient(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                            IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+                            IntHeaderOnlyArrayRef dilation) {
+  constexpr const char* op = "pywino::_sparse_kept_gradient";
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && input.dim() == 4 &&
+                      weight.size(1) == input.size(1) &&
+                      weight.scalar_type() == input.scalar_type(),
+                  op, ": weight must be contiguous, of input's channels and dtype");
+  sparse_conv::GradientParams p;
+  const int64_t size[] = {weight.size(2), weight.size(3)};
+  const sparse_conv::Geometry& g = p.geometry =
+      geometry_of(input, weight.size(0), size, stride, padding, dilation, op);
+  STD_TORCH_CHECK(weight.size(0) * g.c * size[0] * size[1] < INT32_MAX, op,
+                  ": the weight has too many entries");
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == g.n && grad.size(1) == g.out_channels &&
+                      grad.size(2) == g.out_h() && grad.size(3) == g.out_w() &&
+                      grad.scalar_type() == input.scalar_type() &&
+                      (g.channels_last ? is_channels_last(grad) ||
+                                             (grad.is_contiguous() &&
+                                              (grad.size(1) == 1 || g.out_h() * g.out_w() == 1))
+                                       : grad.is_contiguous()),
+                  op, ": grad must be like the output, in input's dtype and memory format");
+  Tensor gradient =
+      empty_cpu({g.out_channels, g.c, g.kernel_h, g.kernel_w}, input.scalar_type(), false);
+  torch::stable::zero_(gradient);
+  p.input = input.const_data_ptr();
+  p.grad = grad.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.gradient = gradient.mutable_data_ptr();
+  STD_TORCH_CHECK(sparse_conv::kept_gradient(p, torch_threads()) == sparse_conv::Status::ok, op,
+                  ": out of memory for the scratch buffers");
+  return gradient;
+}
+
 }  // namespace
 }  // namespace pywino
 
 STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_sparse_pack", TORCH_BOX(&pywino::sparse_pack));
   m.impl("_sparse_forward", TORCH_BOX(&pywino::sparse_forward));
+  m.impl("_sparse_kept_gradient", TORCH_BOX(&pywino::sparse_kept_gradient));
 }

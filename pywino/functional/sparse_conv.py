@@ -7,13 +7,29 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from pywino.functional._checks import autocasts, check_choice, check_geometry, check_tensors
+from pywino.functional._checks import (
+    _refuse,
+    autocasts,
+    check_choice,
+    check_geometry,
+    check_tensors,
+)
 from pywino.ops import sparse_conv as ops
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, backend="auto"):
+def sparse_conv2d(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    *,
+    backend="auto",
+    gradients="all",
+):
     """`torch.nn.functional.conv2d` with one group, by a kernel that skips the zeros of `weight`
     where that is the faster one here.
 
@@ -29,24 +45,30 @@ def sparse_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, *, 
         backend: "auto" | "aten" | "cpu", "cuda", "triton" (skip the zeros, however few). On a GPU
             "auto" is "aten" here: only a layer, which packs once, can know of zeros without
             waiting for the device.
+        gradients: of the weight. "all" | "kept": a zero of the weight has none, and on the CPU
+            blocks of 16 output channels and one input channel that are zero cost nothing.
 
     Returns:
         (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff the input is.
-        What a zero would multiply is not read, so NaN there does not spread. Differentiable twice;
-        zeros of the weight have gradients like all others.
+        What a zero would multiply is not read, so NaN there does not spread. Differentiable twice.
 
     Raises:
         RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend that cannot run.
 
     The weight is packed in every call: `pywino.SparseConv2d` keeps it packed.
     """
-    return run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend)
+    return run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, gradients)
 
 
-def run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, cache=None):
+def run_sparse_conv2d(
+    input, weight, bias, stride, padding, dilation, backend, gradients, cache=None
+):
     """`sparse_conv2d`, with packed filters kept in a layer's `FilterCache`."""
     op = "sparse_conv2d"
     check_choice(op, backend)
+    if gradients not in ("all", "kept"):
+        _refuse(op, f"gradients must be 'all' or 'kept', got {gradients!r}; use 'all'")
+    kept = gradients == "kept"
     check_tensors(op, input, weight, bias)
     stride, pads, dilation = check_geometry(op, input, weight, stride, padding, dilation, 1)
     if padding == "same":
@@ -58,11 +80,12 @@ def run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, c
         )
     if input.dim() == 3:
         batch = input.unsqueeze(0)
-        output = run_sparse_conv2d(batch, weight, bias, stride, pads, dilation, backend, cache)
+        choice = (backend, gradients, cache)
+        output = run_sparse_conv2d(batch, weight, bias, stride, pads, dilation, *choice)
         return output.squeeze(0)
     where = (stride, pads, dilation)
     if torch.compiler.is_dynamo_compiling():
-        return torch.ops.pywino.sparse_conv2d(input, weight, bias, *where, backend)
+        return torch.ops.pywino.sparse_conv2d(input, weight, bias, *where, backend, kept)
     plain = (
         type(input) is Tensor
         and type(weight) in _PLAIN
@@ -72,11 +95,11 @@ def run_sparse_conv2d(input, weight, bias, stride, padding, dilation, backend, c
     )
     if not plain:
         return F.conv2d(input, weight, bias, *where)
-    gradients = torch.is_grad_enabled() and any(
+    trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, weight, bias)
     )
-    if gradients or cache is None:
-        return torch.ops.pywino.sparse_conv2d.default(input, weight, bias, *where, backend)
+    if trains or cache is None:
+        return torch.ops.pywino.sparse_conv2d.default(input, weight, bias, *where, backend, kept)
     if autocasts(input):
         dtype = get_autocast_dtype(input.device.type)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)

@@ -14,21 +14,24 @@ class SparseConv2d(Cached, nn.Conv2d):
     Args: those of nn.Conv2d, then
         backend: "auto" (PyTorch's kernel where that is the faster one) | "cpu" | "aten" | "cuda" |
             "triton".
+        gradients: "all", or "kept": weights that are zero get none, and whole blocks of them cost
+            none on the CPU. For masks that stay (`pywino.pruning.Pruner` holds them).
 
     Parameters, state_dict and hooks are those of nn.Conv2d: the zeros are in `weight`. Without
     gradients the packed weight is kept until the weight changes."""
 
-    def __init__(self, *args, backend="auto", **kwargs):
+    def __init__(self, *args, backend="auto", gradients="all", **kwargs):
         super().__init__(*args, **kwargs)
-        self._set_up(backend)
+        self._set_up(backend, gradients)
 
-    def _set_up(self, backend="auto"):
+    def _set_up(self, backend="auto", gradients="all"):
         if self.groups != 1:
             raise RuntimeError(
                 f"pywino.SparseConv2d: groups must be 1, got {self.groups}; use torch.nn.Conv2d "
                 "for this layer"
             )
         self.backend = backend
+        self.gradients = gradients
         self._filters = FilterCache()
 
     @classmethod
@@ -52,7 +55,7 @@ class SparseConv2d(Cached, nn.Conv2d):
     def to_dense(self):
         """The `nn.Conv2d` that shares this layer's Parameter objects, hooks and settings."""
         conv = nn.Conv2d.__new__(nn.Conv2d)
-        own = ("backend", "_filters")
+        own = ("backend", "gradients", "_filters")
         conv.__dict__.update(
             {name: value for name, value in self.__dict__.items() if name not in own}
         )
@@ -72,9 +75,14 @@ class SparseConv2d(Cached, nn.Conv2d):
             padding,
             self.dilation,
             self.backend,
+            self.gradients,
             self._filters,
         )
 
     def extra_repr(self):
-        text = super().extra_repr()
-        return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+        parts = [super().extra_repr()]
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend}")
+        if self.gradients != "all":
+            parts.append(f"gradients={self.gradients}")
+        return ", ".join(parts)

@@ -10,9 +10,12 @@
 What runs is chosen inside the kernels, on real tensors: PyTorch's dense convolution, or the kernel
 that skips zeros, where it was the faster one on this signature and density. The gradient of the
 weight is that of the dense weight: a zero of the weight has a gradient too, and
-`pywino.pruning.Pruner` masks it. On a GPU these ops take PyTorch's convolution for "auto": the host
-would wait for the device in each call to learn where zeros are. A layer that keeps its filter
-packed knows, and measures (`choose_on_gpu`). An output is channels_last iff the op's input is.
+`pywino.pruning.Pruner` masks it. With `kept` it is that of the weights that are not zero, and zero
+elsewhere: on the CPU whole blocks are not computed.
+
+On a GPU these ops take PyTorch's convolution for "auto": the host would wait for the device in each
+call to learn where zeros are. A layer that keeps its filter packed knows, and measures
+(`choose_on_gpu`). An output is channels_last iff the op's input is.
 """
 
 import functools
@@ -35,6 +38,9 @@ BLOCK = 16  # output channels of a block; whole vectors in every instruction set
 # measured, and which of the two is measured.
 _WORK = {"unstructured": (2.4, 0.2), "blocks": (1.4, 0.2)}
 _GAIN = 0.9  # a kernel must take less than this part of PyTorch's time
+# The part of the blocks up to which the gradient of what is kept is measured, and up to which it is
+# taken where nothing is measured: 1 x 1 kernels gain from there on, 3 x 3 ones from 0.7 (AVX-512).
+_MEASURED_BLOCKS, _SURE_BLOCKS = 0.9, 0.3
 _CALLS = 3  # of each contender, where it is measured
 # Seconds that the kernel must save beside: what the layer's Python costs more than nn.Conv2d's (one
 # Zen 4 core, torch 2.13).
@@ -119,7 +125,7 @@ def choose_on_gpu(input, weight, where, filter_of):
     """ "dense", "cuda" or "triton": what runs a call of a layer that keeps its filter, measured as
     on the CPU. filter_of(backend): the weight, packed for it, None where that cannot be now."""
     call = planner.describe("sparse_conv2d", input, weight, *where[1:], stride=where[0])
-    if planner.mode() == "off":
+    if planner.mode() != "measure":
         return "dense"
     filters = {name: filter_of(name) for name in backends.able(call)}
     if not filters or None in filters.values():
@@ -259,7 +265,7 @@ def dense_forward(input, weight, bias, stride, padding, dilation):
     return output.contiguous(memory_format=_format(input))
 
 
-def _forward(input, weight, bias, stride, padding, dilation, backend):
+def _forward(input, weight, bias, stride, padding, dilation, backend, kept=False):
     _check(input, weight, stride, padding, dilation)
     pattern = choose(input, weight, stride, padding, dilation, backend)
     if pattern == "dense":
@@ -268,12 +274,12 @@ def _forward(input, weight, bias, stride, padding, dilation, backend):
     return run(pattern, input, pack(weight, pattern), bias, len(weight), *where)
 
 
-def _forward_fake(input, weight, bias, stride, padding, dilation, backend):
+def _forward_fake(input, weight, bias, stride, padding, dilation, backend, kept=False):
     _check(input, weight, stride, padding, dilation)
     return _empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
-def _backward_input(grad, weight, size, stride, padding, dilation, backend):
+def _backward_input(grad, weight, size, stride, padding, dilation, backend, kept=False):
     """With stride 1 the same convolution, of the turned filter; else PyTorch's."""
     grad = _dense(grad)
     full = [d * (r - 1) - p for r, p, d in zip(weight.shape[2:], padding, dilation)]
@@ -291,13 +297,27 @@ def _backward_input(grad, weight, size, stride, padding, dilation, backend):
     return gradient.contiguous(memory_format=_format(grad))
 
 
-def _backward_input_fake(grad, weight, size, stride, padding, dilation, backend):
+def _backward_input_fake(grad, weight, size, stride, padding, dilation, backend, kept=False):
     return _empty(tuple(size), grad)
 
 
-def _backward_weight(grad, input, kernel_size, stride, padding, dilation, backend):
+def _backward_weight(grad, input, weight, kernel_size, stride, padding, dilation, backend):
+    """With a weight the gradient of what is not zero in it, and zeros."""
     input = _dense(input)
     grad = grad.contiguous(memory_format=_format(input))
+    where = (stride, padding, dilation)
+    if weight is not None and skips_blocks(grad, input, weight, where, backend):
+        return _ops._sparse_kept_gradient.default(grad, input, weight.contiguous(), *where)
+    gradient = _dense_backward_weight(grad, input, kernel_size, *where)
+    return _kept(gradient, weight)
+
+
+def _kept(gradient, weight):
+    """A gradient where a weight is not zero, zeros elsewhere; all of it without a weight."""
+    return gradient if weight is None else torch.where(weight != 0, gradient, 0)
+
+
+def _dense_backward_weight(grad, input, kernel_size, stride, padding, dilation):
     weight = grad.new_empty(1).expand(grad.shape[1], input.shape[1], *kernel_size)
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)
@@ -305,33 +325,81 @@ def _backward_weight(grad, input, kernel_size, stride, padding, dilation, backen
     return gradient.contiguous()
 
 
-def _backward_weight_fake(grad, input, kernel_size, stride, padding, dilation, backend):
+def _backward_weight_fake(grad, input, weight, kernel_size, stride, padding, dilation, backend):
     return input.new_empty((grad.shape[1], input.shape[1], *kernel_size))
+
+
+def skips_blocks(grad, input, weight, where, backend):
+    """Whether the gradient of what is kept is computed for it alone, in blocks of 16 output
+    channels and one input channel, or with all others.
+
+    Measured like the forward. Zeros anywhere leave no block out, and gain nothing here: a single
+    product loads both of its factors."""
+    stride, padding, dilation = where
+    op = "sparse_conv2d_backward_weight"
+    call = planner.describe(op, input, weight, padding, dilation, stride=stride)
+    if backend not in ("auto", "cpu") or backends.can_run("cpu", call) is not None:
+        return False
+    if backend == "cpu":
+        return True
+    if planner.mode() == "off":
+        return False
+    blocks = densities(weight)[1]
+    if blocks > _MEASURED_BLOCKS:
+        return False
+    what = f"kept blocks {-(-blocks // 0.05) * 5:.0f}%"
+    key = (planner.bucket(call), what, torch.get_num_threads(), native.host.isa())
+    choice = _choices.get(key)
+    if choice is None:
+        times = lambda: _times_of_gradient(grad, input, weight, where)  # noqa: E731
+        plan = planner.measured(call, what, times)
+        if plan is None:
+            return blocks <= _SURE_BLOCKS
+        choice = planner.remember(_choices, key, plan.algorithm or "dense")
+    return choice == "blocks"
+
+
+def _times_of_gradient(grad, input, weight, where):
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        tensors = [t.detach() for t in (grad, input, weight)]
+        size = tuple(weight.shape[2:])
+        runs = {
+            "aten": lambda: _dense_backward_weight(*tensors[:2], size, *where),
+            "blocks": lambda: _ops._sparse_kept_gradient.default(*tensors, *where),
+        }
+        return planner.race(runs, _CALLS)
 
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation"
 define(
-    f"sparse_conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend) -> Tensor",
+    f"sparse_conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend, "
+    "bool kept=False) -> Tensor",
     _forward,
     _forward_fake,
 )
 define(
     "sparse_conv2d_backward_input(Tensor grad, Tensor weight, SymInt[4] size, "
-    f"{_GEOMETRY}, str backend) -> Tensor",
+    f"{_GEOMETRY}, str backend, bool kept=False) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
 define(
-    "sparse_conv2d_backward_weight(Tensor grad, Tensor input, SymInt[2] kernel_size, "
-    f"{_GEOMETRY}, str backend) -> Tensor",
+    "sparse_conv2d_backward_weight(Tensor grad, Tensor input, Tensor? weight, "
+    f"SymInt[2] kernel_size, {_GEOMETRY}, str backend) -> Tensor",
     _backward_weight,
     _backward_weight_fake,
 )
 
 
 def _save(ctx, inputs, output):
-    input, weight, _, *ctx.arguments = inputs
+    input, weight, _, *ctx.arguments, ctx.kept = inputs
     ctx.save_for_backward(input, weight)
+
+
+def _by_weight(ctx, grad, input, weight):
+    mask = weight.detach() if ctx.kept else None
+    size = weight.shape[2:]
+    return _ops.sparse_conv2d_backward_weight(grad, input, mask, size, *ctx.arguments)
 
 
 def _gradients(ctx, grad):
@@ -339,43 +407,49 @@ def _gradients(ctx, grad):
     needs, where = ctx.needs_input_grad, ctx.arguments
     dense = grad.contiguous(memory_format=_format(input)) if needs[0] or needs[1] else grad
     return (
-        _ops.sparse_conv2d_backward_input(dense, weight, input.shape, *where) if needs[0] else None,
-        _ops.sparse_conv2d_backward_weight(dense, input, weight.shape[2:], *where)
-        if needs[1]
+        _ops.sparse_conv2d_backward_input(dense, weight, input.shape, *where, ctx.kept)
+        if needs[0]
         else None,
+        _by_weight(ctx, dense, input, weight) if needs[1] else None,
         grad.sum((0, 2, 3)) if needs[2] else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 
-def _save_backward(ctx, inputs, output):
-    first, second, _, *ctx.arguments = inputs
-    ctx.save_for_backward(first, second)
+def _save_backward_input(ctx, inputs, output):
+    grad, weight, _, *ctx.arguments, ctx.kept = inputs
+    ctx.save_for_backward(grad, weight)
 
 
 def _backward_input_gradients(ctx, g):  # g is like the input of the convolution
     grad, weight = ctx.saved_tensors
     needs, where = ctx.needs_input_grad, ctx.arguments
     return (
-        _ops.sparse_conv2d(g, weight, None, *where) if needs[0] else None,
-        _ops.sparse_conv2d_backward_weight(grad, g, weight.shape[2:], *where) if needs[1] else None,
-        *[None] * 5,
+        _ops.sparse_conv2d(g, weight, None, *where, ctx.kept) if needs[0] else None,
+        _by_weight(ctx, grad, g, weight) if needs[1] else None,
+        *[None] * 6,
     )
 
 
+def _save_backward_weight(ctx, inputs, output):
+    grad, input, weight, _, *ctx.arguments = inputs
+    ctx.save_for_backward(grad, input, weight)
+
+
 def _backward_weight_gradients(ctx, g):  # g is like the weight
-    grad, input = ctx.saved_tensors
+    grad, input, weight = ctx.saved_tensors
     needs, where = ctx.needs_input_grad, ctx.arguments
+    g = _kept(g, weight)
     return (
         _ops.sparse_conv2d(input, g, None, *where) if needs[0] else None,
         _ops.sparse_conv2d_backward_input(grad, g, input.shape, *where) if needs[1] else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
 differentiable("sparse_conv2d", _gradients, _save)
-differentiable("sparse_conv2d_backward_input", _backward_input_gradients, _save_backward)
-differentiable("sparse_conv2d_backward_weight", _backward_weight_gradients, _save_backward)
+differentiable("sparse_conv2d_backward_input", _backward_input_gradients, _save_backward_input)
+differentiable("sparse_conv2d_backward_weight", _backward_weight_gradients, _save_backward_weight)
 for _name in ("", "_backward_input", "_backward_weight"):
     autocast("sparse_conv2d" + _name)
 
@@ -410,6 +484,15 @@ def _cuda_forward_fake(input, values, entries, starts, *arguments):
     return _two_of_four_fake(input, values, entries, *arguments[:-1])
 
 
+def _kept_gradient_fake(grad, input, weight, stride, padding, dilation):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+define(
+    f"_sparse_kept_gradient(Tensor grad, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
+    None,
+    _kept_gradient_fake,
+)
 define("_sparse_pack(Tensor weight, bool rotate, bool blocks) -> Tensor", None, _pack_fake)
 define(
     "_sparse_forward(Tensor input, Tensor filter, Tensor? bias, int out_channels, "

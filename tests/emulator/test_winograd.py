@@ -245,22 +245,24 @@ def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, ima
     return v, scale
 
 
-def product_fields(domain, v, u, m):
-    return {
+def product_of(domain, v, u, m, out_channels=None):
+    """The struct of a product into M, an `Out`, of as many output channels as U has."""
+    fields = {
         "tiles": c_int64(v.shape[1]),
         "channels": c_int64(v.shape[2]),
-        "out_channels": c_int64(u.shape[1]),
+        "out_channels": c_int64(out_channels or u.shape[1]),
         "taps": c_int(v.shape[0]),
         "domain": c_int(DOMAINS[domain]),
         "v": In(v),
         "u": In(u),
         "m": m,
     }
+    return Struct(fields)
 
 
 def run_product(kernel, domain, v, u, launcher="pywino_winograd_product", more=(), **how):
     m = np.empty((v.shape[0], v.shape[1], u.shape[1]), v.dtype)
-    kernel.call(launcher, Struct(product_fields(domain, v, u, Out(m))), *more, None, **how)
+    kernel.call(launcher, product_of(domain, v, u, Out(m)), *more, None, **how)
     return m
 
 
@@ -749,7 +751,7 @@ def test_choice_of_the_product(emulate, shape, domain, wgmma, chosen):
         np.zeros((taps, *size), "f2" if domain == "f16" else "f4")
         for size in ((tiles, c), (k, c), (tiles, k))
     )
-    arguments = Struct(product_fields(domain, v, u, In(m))), wgmma, None
+    arguments = product_of(domain, v, u, In(m)), wgmma, None
     with pytest.raises(EmulatorError) as caught:
         emulate(SOURCE, "check").call("winograd_product", *arguments)
     ((kind, kernel),) = {(finding.kind, finding.kernel) for finding in caught.value.findings}

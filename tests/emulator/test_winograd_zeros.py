@@ -3,7 +3,7 @@
 they really got."""
 
 import functools
-from ctypes import c_int, c_int64
+from ctypes import c_int
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from emulator.build import CSRC, HERE
 from emulator.harness import In, Out, Struct
 from emulator.mutate import Recipe
-from emulator.test_winograd import DOMAINS, assert_rounded, decode, empty
+from emulator.test_winograd import DOMAINS, assert_rounded, decode, empty, product_of
 
 from pywino.ops import _packed
 
@@ -32,18 +32,9 @@ TWO_OF_FOUR = [(4, 49, 24, 72), (3, 130, 136, 8), (2, 65, 72, 264)]
 def check_product(kernel, domain, v, u, packed, group, places, **how):
     """M of V and a packed U, against float64."""
     m = np.empty((*v.shape[:2], u.shape[1]), v.dtype)
-    fields = {
-        "tiles": c_int64(v.shape[1]),
-        "channels": c_int64(v.shape[2]),
-        "out_channels": c_int64(u.shape[1]),
-        "taps": c_int(v.shape[0]),
-        "domain": c_int(DOMAINS[domain]),
-        "v": In(v),
-        "u": In(packed),
-        "m": Out(m),
-    }
+    product = product_of(domain, v, packed, Out(m), m.shape[2])
     zeros = Struct({"group": c_int(group), "places": In(places)})
-    kernel.call("pywino_winograd_sparse_product", Struct(fields), zeros, None, **how)
+    kernel.call("pywino_winograd_sparse_product", product, zeros, None, **how)
     v, u = decode(v), decode(u)
     expected = np.einsum("ptc,pkc->ptk", v, u)
     magnitude = np.einsum("ptc,pkc->ptk", abs(v), abs(u))

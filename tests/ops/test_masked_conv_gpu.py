@@ -94,7 +94,7 @@ def test_compile(backend):
     assert layer.weight.grad is not None
 
 
-def test_auto_measures_and_waits_for_no_mask_in_a_graph(monkeypatch, tmp_path):
+def test_auto_measures_and_waits_for_no_mask_in_a_graph(monkeypatch, tmp_path, ieee):
     monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
     planner.reset()
     x = torch.randn(8, 64, 512, 512, device="cuda")

@@ -14,7 +14,7 @@ from torch.library import opcheck
 import pywino
 from pywino import backends, planner, testing
 from pywino.ops import _packed, sparse_conv
-from pywino.pruning import NM, Block, Magnitude, prune_
+from pywino.pruning import NM, Block, Magnitude, Pruner, prune_
 from pywino.reference import sparse_conv as reference
 
 ops = torch.ops.pywino
@@ -233,12 +233,165 @@ def test_opcheck(requires_grad):
         opcheck(ops.sparse_conv2d, (input, weight, bias, *where))
         opcheck(ops.sparse_conv2d, (last, weight, None, *where))
         opcheck(ops.sparse_conv2d_backward_input, (grad, weight, input.shape, *where))
-        opcheck(ops.sparse_conv2d_backward_weight, (grad, input, (3, 3), *where))
+        opcheck(ops.sparse_conv2d, (input, weight, bias, *where, True))
+        opcheck(ops.sparse_conv2d_backward_weight, (grad, input, None, (3, 3), *where))
+        mask = weight.detach()
+        opcheck(ops.sparse_conv2d_backward_weight, (grad, input, mask, (3, 3), *where))
+
+
+# --- gradients of what is kept ---
+
+
+def masked_gradient(grad, input, weight, *where):
+    return torch.nn.grad.conv2d_weight(input, weight.shape, grad, *where) * (weight != 0)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_of_what_is_kept(isa, dtype):
+    for geometry, pattern, last in itertools.product(GEOMETRIES, PATTERNS, (False, True)):
+        input, weight, _, *where = case(geometry, pattern, dtype, last)
+        weight[0, 0, 0, 0] = 1  # something is kept
+        grad = torch.randn_like(F.conv2d(input, weight, None, *where))
+        grad = grad.contiguous(memory_format=sparse_conv._format(input))
+        exact = masked_gradient(grad.double(), input.double(), weight, *where)
+        peer = masked_gradient(grad, input, weight, *where)
+        actual = ops._sparse_kept_gradient(grad, input, weight, *where)
+        what = f"{geometry} {pattern} {last}"
+        testing.assert_close_to_reference(actual, exact, peer, TIMES, what)
+        assert not actual[weight == 0].any(), what
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_what_is_kept_with_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        for geometry in GEOMETRIES:
+            input, weight, _, *where = case(geometry, "blocks")
+            grad = torch.randn_like(F.conv2d(input, weight, None, *where))
+            torch.set_num_threads(1)
+            expected = ops._sparse_kept_gradient(grad, input, weight, *where)
+            torch.set_num_threads(threads)
+            assert torch.equal(ops._sparse_kept_gradient(grad, input, weight, *where), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.native
+def test_nothing_and_everything_is_kept():
+    input, weight, _, *where = case(GEOMETRIES[2])
+    grad = torch.randn_like(F.conv2d(input, weight, None, *where))
+    assert not ops._sparse_kept_gradient(grad, input, torch.zeros_like(weight), *where).any()
+    full = torch.ones_like(weight)
+    expected = masked_gradient(grad, input, full, *where)
+    actual = ops._sparse_kept_gradient(grad, input, full, *where)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="grad must be like the output"):
+        ops._sparse_kept_gradient(grad[:, :, 1:].contiguous(), input, weight, *where)
+    with pytest.raises(RuntimeError, match="of input's channels and dtype"):
+        ops._sparse_kept_gradient(grad, input, weight.half(), *where)
+
+
+BACKENDS = ["auto", "aten", pytest.param("cpu", marks=pytest.mark.native)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_of_what_is_kept(pattern, backend):
+    input, weight, bias, *where = case(GEOMETRIES[2], pattern)
+    leaves = [leaf.requires_grad_() for leaf in (input, weight, bias)]
+    grads = []
+    for gradients in ("all", "kept"):
+        output = pywino.sparse_conv2d(*leaves, *where, backend=backend, gradients=gradients)
+        (first,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
+        second = torch.autograd.grad((first * (weight.detach() != 0)).square().sum(), leaves[:2])
+        grads.append((first, *second))
+    (all_, by_input, by_weight), (kept, kept_by_input, kept_by_weight) = grads
+    assert all_[weight == 0].any()
+    kept_part = weight.detach() != 0
+    torch.testing.assert_close(kept, all_ * kept_part, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(kept_by_input, by_input, rtol=1e-4, atol=1)
+    torch.testing.assert_close(kept_by_weight, by_weight * kept_part, rtol=1e-4, atol=1)
+
+
+def test_gradcheck_of_what_is_kept():
+    """By the input, and twice; the weight is what it is multiplied with."""
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.double)
+    weight[0, 1] = weight[2, :, 1] = 0
+    input = torch.randn(1, 2, 5, 6, dtype=torch.double, requires_grad=True)
+    scale = torch.randn(3, 1, 1, 1, dtype=torch.double, requires_grad=True)
+    where = ((2, 1), (0, 2), (1, 2), "auto", True)
+    function = lambda x, s: ops.sparse_conv2d(x, weight * s, None, *where)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (input, scale))
+    assert torch.autograd.gradgradcheck(function, (input, scale))
+
+
+@pytest.mark.native
+def test_blocks_are_skipped_where_that_is_quicker(monkeypatch, tmp_path):
+    input, where = torch.randn(1, 32, 20, 20), ((1, 1), (1, 1), (1, 1))
+    weight = torch.randn(32, 32, 3, 3)
+    grad = torch.randn(1, 32, 20, 20)
+    few = pruned(weight, "blocks", 0.8)
+    measured = []
+
+    def times(grad, input, weight, where):
+        measured.append(weight)
+        return {"aten": 2e-3, "blocks": 1e-3 if weight is few else 3e-3}
+
+    monkeypatch.setattr(sparse_conv, "_times_of_gradient", times)
+    skips = lambda w, backend="auto": sparse_conv.skips_blocks(grad, input, w, where, backend)  # noqa: E731
+    half = pruned(weight, "blocks", 0.5)
+    assert (skips(few), skips(half), skips(weight, "cpu")) == (True, False, True)  # the rule
+    assert not any(skips(few, backend) for backend in ("aten", "cuda"))
+    monkeypatch.setenv("PYWINO_PLAN", "off")
+    planner.reset()
+    assert not skips(few)
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+    planner.reset()
+    assert (skips(few), skips(few), skips(half)) == (True, True, False)
+    assert len(measured) == 2
+    assert not skips(weight)
+    assert len(measured) == 2  # nothing to find out
+    planner.reset()
+    assert (skips(few), skips(half)) == (True, False)  # the file knows
+
+
+@pytest.mark.native
+def test_the_times_of_gradients_are_those_of_both():
+    input, where = torch.randn(1, 64, 20, 20), ((1, 1), (1, 1), (1, 1))
+    weight, grad = pruned(torch.randn(64, 64, 3, 3), "blocks", 0.99), torch.randn(1, 64, 20, 20)
+    seconds = sparse_conv._times_of_gradient(grad, input, weight, where)
+    assert 0 < seconds["blocks"] < seconds["aten"]
+
+
+@pytest.mark.parametrize("pattern", [Magnitude(0.8), Block(0.8)], ids=str)
+def test_a_pruned_layer_trains_alike(pattern):
+    twins = [nn.Conv2d(32, 32, 3, padding=1)]
+    prune_(twins[0], pattern)
+    twins.append(copy.deepcopy(twins[0]))
+    layers = [pywino.SparseConv2d.from_dense(conv) for conv in twins]
+    layers[1].gradients = "kept"
+    pruner = Pruner(layers[0], pattern)
+    pruner.step()
+    input = torch.randn(2, 32, 12, 12)
+    for layer in layers:
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(input).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=1e-4, atol=1e-5)
+    assert (layers[1].weight == 0).float().mean() > 0.75
+    assert "gradients=kept" in repr(layers[1])
+    assert not hasattr(layers[1].to_dense(), "gradients")
 
 
 @pytest.mark.native
 def test_opcheck_of_the_native_kernels():
     weight = torch.randn(4, 3, 3, 3)
+    gradient = (torch.randn(1, 4, 6, 7), torch.randn(1, 3, 6, 7), weight, (1, 1), (1, 1), (1, 1))
+    opcheck(ops._sparse_kept_gradient, gradient, test_utils=("test_schema", "test_faketensor"))
     opcheck(ops._sparse_pack, (weight, False, True), test_utils="test_schema")
     filter = ops._sparse_pack(weight, False, True)
     opcheck(
@@ -459,6 +612,7 @@ def test_lists_of_a_gpu_where_blocks_are_nearly_empty():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        ({"gradients": "some"}, "gradients must be 'all' or 'kept', got 'some'"),
         ({"backend": "gpu"}, "backend must be one of"),
         ({"backend": "triton"}, "the tensors are on cpu"),
         ({"padding": -1}, "padding must be >= 0"),

@@ -92,7 +92,7 @@ def test_layer_in_a_graph_and_compiled(backend):
     assert layer.weight.grad is not None
 
 
-def test_auto_measures_a_layer_that_keeps_its_filter(monkeypatch, tmp_path):
+def test_auto_measures_a_layer_that_keeps_its_filter(monkeypatch, tmp_path, ieee):
     monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
     planner.reset()
     conv = torch.nn.Conv2d(256, 256, 3, padding=1)
@@ -119,7 +119,7 @@ def test_auto_measures_a_layer_that_keeps_its_filter(monkeypatch, tmp_path):
     planner.reset()
 
 
-def test_zeros_anywhere_in_float32():
+def test_zeros_anywhere_in_float32(ieee):
     conv = torch.nn.Conv2d(64, 100, 3, stride=2, padding=1)
     pywino.prune_(conv, pywino.pruning.Magnitude(0.95))
     layer = pywino.SparseConv2d.from_dense(conv).cuda()

@@ -14,6 +14,7 @@ from pywino.reference import winograd as reference
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees"),
+    pytest.mark.usefixtures("ieee"),
 ]
 BACKENDS = ("cuda", "triton")
 ALGORITHMS = ("direct", "f2", "f4", "f6")
@@ -40,15 +41,6 @@ SHAPES = [
     (5, 5, 7, 1, 3, 4, 4),
     (1, 256, 14, 14, 512, 1, 1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def ieee():
-    """fp32 means fp32, in PyTorch's kernels and ours, unless a test says otherwise."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def tensors(shape, dtype, channels_last, device="cuda"):
@@ -123,6 +115,42 @@ def test_winograd_relu(backend, tile):
     actual = torch.autograd.grad(y, leaves, grad)
     for mine, right in zip(actual, torch.autograd.grad(expected, doubles, grad.double())):
         assert error(mine, right) <= 2 * BOUNDS[torch.float32, f"f{tile}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("zeros", ["none", "blocks", "2:4"])
+def test_weights_of_the_domain(zeros, dtype):
+    """Zeros are left out where the layer keeps its filter, also in a graph; not with gradients."""
+    layer = pywino.WinogradConv2d(96, 192, 3, padding=1, domain="winograd", backend="cuda")
+    weight = layer.winograd_weight
+    with torch.no_grad():
+        if zeros == "blocks":
+            weight[:, 32:, :, 1:] = 0
+        elif zeros == "2:4":
+            weight[:, 1::4] = weight[:, 2::4] = 0
+    layer = layer.to("cuda", dtype)
+    x = torch.randn(2, 96, 33, 31, device="cuda").to(dtype).requires_grad_()
+    call = planner.describe("winograd_domain_conv2d", x, layer.winograd_weight, 1, 1)
+    if (reason := backends.can_run("cuda", call, "f4")) is not None:
+        pytest.skip(reason)
+    leaves = [x, layer.winograd_weight, layer.bias]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    exact = reference.winograd_domain_conv2d(*doubles, 1, 1, 4)
+    bound = BOUNDS[dtype, "f4"]
+    with torch.no_grad():
+        assert error(layer(x), exact) <= bound
+        ((_, _, filter),) = layer._filters.filters.values()
+        dims = {"none": None, "blocks": 1, "2:4": None if dtype == torch.float32 else 4}[zeros]
+        assert dims == (None if filter.places is None else filter.places.dim())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        assert error(y, exact) <= bound
+    grad = torch.randn_like(exact)
+    actual = torch.autograd.grad(layer(x), leaves, grad.to(dtype))
+    for mine, right in zip(actual, torch.autograd.grad(exact, doubles, grad)):
+        assert error(mine, right) <= 2 * bound
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,7 +3,9 @@
 
 namespace pywino::sparse_conv {
 
-#define PYWINO_DECLARE(name) extern const Kernels sparse_conv_kernels_##name;
+#define PYWINO_DECLARE(name)                       \
+  extern const Kernels sparse_conv_kernels_##name; \
+  extern const GradientKernel sparse_conv_gradient_##name;
 PYWINO_EACH_ISA(PYWINO_DECLARE)
 
 namespace {
@@ -17,8 +19,20 @@ const Kernels& kernels() {
   }
 }
 
+#define PYWINO_GRADIENT(name) \
+  case Isa::name: return sparse_conv_gradient_##name;
+GradientKernel gradient_kernel() {
+  switch (isa()) {
+    PYWINO_EACH_ISA(PYWINO_GRADIENT)
+    default: return sparse_conv_gradient_portable;
+  }
+}
+
 }  // namespace
 
+Status kept_gradient(const GradientParams& params, const Executor& executor) {
+  return gradient_kernel()(params, executor);
+}
 Status forward(const ForwardParams& params, const Executor& executor) {
   return kernels().forward(params, executor);
 }

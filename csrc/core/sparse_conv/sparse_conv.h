@@ -44,6 +44,16 @@ struct ForwardParams {
   void* output;           // (n, K, out_h, out_w)
 };
 
+// The gradient of what is not zero in the weight.
+struct GradientParams {
+  Geometry geometry;
+  const void* input;
+  const void* grad;  // like the output, in the input's memory format
+  const void*
+      weight;      // (K, c, kernel_h, kernel_w) like the gradient: contiguous, in the input's dtype
+  void* gradient;  // all zero before
+};
+
 // K x C kernels, any strides in elements.
 struct FilterParams {
   const void* weight;
@@ -62,7 +72,10 @@ struct Kernels {
   bool (*fits)(const int32_t* packed, int64_t words, const Geometry&);
 };
 
+using GradientKernel = Status (*)(const GradientParams&, const Executor&);  // of cpu_gradient.cpp
+
 PYWINO_API Status forward(const ForwardParams&, const Executor&);
+PYWINO_API Status kept_gradient(const GradientParams&, const Executor&);
 // A filter without its zeros: its size in 32-bit words (-1: too many), its packing, and whether an array is such a filter for
 // this geometry and the instruction set in force.
 PYWINO_API int64_t filter_size(const FilterParams&, Pattern);
