@@ -16,7 +16,9 @@ by powers of two to |V|, |U| <= 1, V by one for each tile, U by one for each out
 products are summed in fp32 and M is stored in fp16 (|M| <= C); the inverse transform undoes both
 scales. The exponent comes from max|d| and the largest absolute row sum R of B^T, as |V| <= R^2
 max|d|: 2^2, 2^5 and 2^8 times max|d| for m = 2, 4 and 6. In the weight gradient the sum runs over
-tiles, so there the scales belong to channels.
+tiles, so there the scales belong to channels. Taps of A dY A^T, and of U in F6, have constant
+powers of two beside these: the rows of A and G differ by up to 2^6 in size, and what is small by
+its row alone would lie among fp16's subnormal numbers.
 
 Layout. V and M have one plane for each tap; tiles and channels are padded to whole blocks of the
 product, which has no masks. Padded tiles and channels of V are zeros, so nothing of what the
@@ -40,6 +42,7 @@ kernels was measured on a GPU yet.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -72,6 +75,12 @@ def _growth(matrix):
     return math.ceil(math.log2(max(sum(map(abs, row)) for row in matrix) ** 2))
 
 
+def _tap_shifts(matrix):
+    """Of each row: the power of two that brings its absolute sum nearest to the largest, below."""
+    sums = [sum(map(abs, row)) for row in matrix]
+    return [next(e for e in range(99) if max(sums) < 2 ** (e + 1) * s) for s in sums]
+
+
 BT, G, A, AT, B, GT, I = range(7)
 # Entry (i, j) of each matrix and the growth of each, for use while a kernel is compiled.
 ENTRY = {
@@ -86,6 +95,19 @@ GROWTH = {
     for tile in POINTS
     for number, matrix in enumerate(_matrices(tile))
 }
+# What tap (i, j) of X d X^T is multiplied by in "f16".
+TAP = {
+    (number, tile, i, j): 1.0
+    for tile in POINTS
+    for number in (BT, G, A, I)
+    for i in range(tile + 2)
+    for j in range(tile + 2)
+}
+for _tile in POINTS:
+    for _number, _of in ((A, A), *(((G, G), (I, G)) if _tile == 6 else ())):
+        _shifts = _tap_shifts(_matrices(_tile)[_of])
+        for _i, _j in itertools.product(range(_tile + 2), repeat=2):
+            TAP[_number, _tile, _i, _j] = 2.0 ** (_shifts[_i] + _shifts[_j])
 X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I = range(7)  # the numbers again, as the kernels name them
 if triton is None:
 
@@ -95,7 +117,7 @@ if triton is None:
 else:
     jit = triton.jit
     if not triton.knobs.runtime.interpret:  # there, kernels are Python, and so are these
-        ENTRY, GROWTH = tl.constexpr(ENTRY), tl.constexpr(GROWTH)
+        ENTRY, GROWTH, TAP = tl.constexpr(ENTRY), tl.constexpr(GROWTH), tl.constexpr(TAP)
         X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I = map(
             tl.constexpr, (X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I)
         )
@@ -328,7 +350,7 @@ def _to_domain(
                 if RELU:
                     value = tl.where(value < 0, 0.0, value)  # NaN stays NaN
                 if SCALES is not None:
-                    value = value * factor
+                    value = value * (factor * TAP[X, TILE, i, j])
                 tl.store(at, value.to(v.dtype.element_ty), mask=mask)
                 at += plane  # one step at a time: a^2 products i plane would fill the registers
 
@@ -378,11 +400,14 @@ def _from_domain(
     corner = m + corner
     plane = rows.to(tl.int64) * padded
     half = ()
-    for _ in tl.static_range(A):
+    for j in tl.static_range(A):
         at = corner
         column = ()
-        for _ in tl.static_range(A):
-            column = column + (tl.load(at, mask=within, other=0).to(tl.float32),)
+        for i in tl.static_range(A):
+            value = tl.load(at, mask=within, other=0).to(tl.float32)
+            if SCALED:
+                value = value * (1 / TAP[X_G, TILE, i, j])
+            column = column + (value,)
             at += A * plane
         half = half + (_times(X_AT, TILE, column),)
         corner += plane
@@ -438,7 +463,10 @@ def _transform_filter(
             for i in tl.static_range(SIZE):
                 for j in tl.static_range(SIZE):
                     g = tl.load(base + i * stride_h + j * stride_w, mask=within, other=0)
-                    peak = tl.maximum(peak, tl.abs(g.to(tl.float32)))
+                    g = tl.abs(g.to(tl.float32))
+                    if X == X_I:
+                        g = g * TAP[X, TILE, i, j]
+                    peak = tl.maximum(peak, g)
         e = _exponent(tl.max(peak, axis=1), GROWTH[X, TILE])
         factor = _power_of_two(-e)[:, None]
     else:
@@ -463,7 +491,7 @@ def _transform_filter(
             for j in tl.static_range(A):
                 value = row[j]
                 if SCALED:
-                    value = value * factor
+                    value = value * (factor * TAP[X, TILE, i, j])
                 at = u + ((i * A + j) * k_padded + k).to(tl.int64)[:, None] * c_padded + c[None, :]
                 tl.store(at, value.to(u.dtype.element_ty), mask=(c < c_padded)[None, :])
 
@@ -517,6 +545,8 @@ def _from_filter_domain(
                 row = (split * A * A + i * A + j) * k_padded + k
                 at = s + row.to(tl.int64)[:, None] * c_padded + c[None, :]
                 value += tl.load(at, mask=within, other=0)
+            if SCALED:
+                value = value * (1 / TAP[X_A, TILE, i, j])
             column = column + (value,)
         half = half + (_times(X, TILE, column),)
     if SCALED:
@@ -564,6 +594,8 @@ def _masked_patches(
         row = ()
         for j in tl.static_range(A):
             dv = tl.load(at, mask=within, other=0).to(tl.float32)
+            if SCALED:
+                dv = dv * (1 / (TAP[X_A, TILE, i, j] * TAP[X_G, TILE, i, j]))
             row = row + (tl.where(v[j] > 0, dv, 0.0),)
             at += plane
         rows_of_patch = rows_of_patch + (_times(X_B, TILE, row),)
