@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""SAPNet whole, its residual block, and its training step: tables 3 and 4 of its talk on this
-machine, with the default allocator. The gate alone is in bench_channel_attention.py, the dilated
-convolutions are in bench_dilated_conv.py."""
+"""SAPNet whole, its residual block, its training step and its memory: tables 2 to 4 of its talk on
+this machine, with the default allocator. The gate alone is in bench_channel_attention.py, the
+dilated convolutions are in bench_dilated_conv.py."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -24,6 +27,23 @@ PUBLISHED = {
     ("cra", 512): 0.203,
 }
 PARAMETERS = {"none": 168_963, "se": 170_243, "ca": 170_243, "cra": 180_483}
+V1 = (1,) * 5  # the first version's dilation
+# Tables 2 to 4: parameters, PSNR / SSIM on Rain100H, seconds at 481 x 321 and 512 x 512; then what
+# it is here.
+TALK = {
+    "table 2, Model1": (None, "28.05 / 0.883", 0.129, None, (None, V1)),
+    "table 2, Model2 (URSS)": (None, "28.11 / 0.886", 0.131, None, (None, V1)),
+    "table 2, Model3 (URSS, Canny)": (None, "28.16 / 0.884", 0.130, None, (None, V1)),
+    "table 2, Model4 (URSS, Canny, CRA)": (None, "29.03 / 0.894", 0.150, None, ("cra", V1)),
+    "table 3, SAPNet-SE": (170_243, "28.74 / 0.890", 0.166, None, ("se", V1)),
+    "table 3, SAPNet-CA": (170_243, "28.89 / 0.892", 0.149, None, ("ca", V1)),
+    "table 3, SAPNet-CRA": (180_483, "29.03 / 0.894", 0.150, None, ("cra", V1)),
+    "table 4, DetailNet": (57_369, "12.65 / 0.420", 0.161, 0.528, None),
+    "table 4, RESCAN": (149_823, "27.43 / 0.841", 0.498, 0.865, None),
+    "table 4, PReNet": (168_963, "28.06 / 0.884", 0.128, 0.177, (None, V1)),
+    "table 4, MSPFN": (15_823_424, "26.29 / 0.798", 0.327, 0.555, None),
+    "table 4, SAPNet": (180_483, "29.03 / 0.894", 0.150, 0.203, ("cra", V1)),
+}
 
 
 @dataclass(frozen=True)
@@ -156,3 +176,70 @@ def test_training(compare, native):
         limit=1e-4,
         note="Errors are those of the loss.",
     )
+
+
+@pytest.mark.benchmark(group="sapnet_published")
+def test_published(report):
+    """SAPNet as tables 2 to 4 of its talk report it, and its parameters here"""
+
+    def rows():
+        found = {}
+        for name, (parameters, scores, *seconds, here) in TALK.items():
+            times = ["" if s is None else f"{s:.3f}" for s in seconds]
+            found[name] = {
+                "parameters, talk": "" if parameters is None else f"{parameters:,}",
+                "PSNR / SSIM on Rain100H, talk": scores,
+                "seconds 481 x 321, talk": times[0],
+                "seconds 512 x 512, talk": times[1],
+                "parameters, here": "" if here is None else _count(*here),
+            }
+        return found
+
+    report(rows, note="The talk's device is not named. Seconds here: table sapnet.")
+
+
+def _count(attention, dilation):
+    return f"{sum(p.numel() for p in sapnet(attention, dilation).parameters()):,}"
+
+
+# What a child process runs: the network on a picture. Prints the most memory that it ever had, of
+# /proc: getrusage's would be its parent's, where that had more.
+_PEAK = """
+import re, sys, torch, pywino
+from pywino.cli.derain import OVERLAP
+from pywino.cli.restore import Tiled
+from pywino.models import sapnet
+
+layers, tile, height, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(int(sys.argv[5]))
+net = sapnet(weights="pywino-rain", stages=6).eval().to(memory_format=torch.channels_last)
+if layers == "PyTorch":
+    pywino.restore_(net)
+clean = Tiled(net, tile or max(height, width), OVERLAP)(torch.rand(3, height, width))
+assert clean.shape == (3, height, width) and bool(clean.isfinite().all())
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**20)
+"""
+
+
+@pytest.mark.benchmark(group="sapnet_memory")
+def test_memory(report, native, full):
+    """Most memory of a process that derains one picture of 2048 x 1536 in six stages, PyTorch and
+    all libraries included, in tiles of 640 pixels (`pywino derain`) and whole"""
+
+    def peak(layers, tile):
+        arguments = (layers, tile, 1536, 2048, torch.get_num_threads())
+        command = [sys.executable, "-c", _PEAK, *map(str, arguments)]
+        environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return f"{float(done.stdout):.2f}"
+
+    def rows():
+        kinds = {"tiles": 640, "whole": 0} if full else {"tiles": 640}
+        return {
+            f"{layers}, {name}": {"GB": peak(layers, tile)}
+            for name, tile in kinds.items()
+            for layers in ("pywino", "PyTorch")
+        }
+
+    report(rows, note="2^30 bytes a GB; with the default allocator, as the command runs.")

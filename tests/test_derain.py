@@ -142,6 +142,36 @@ def test_16_bit_colour(run, tmp_path, channels):
     assert np.array_equal(cv2.imread(str(tmp_path / "out.png"), cv2.IMREAD_UNCHANGED), pixels)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_colour_orientation_and_profile(run, tmp_path, orientation):
+    """As Pillow turns and keeps it for the same picture in eight bits."""
+    cv2 = pytest.importorskip("cv2")
+    shallow, exif = picture(), Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "maker"
+    Image.fromarray(shallow).save(tmp_path / "8.png", exif=exif, icc_profile=b"profile")
+    cv2.imwrite(str(tmp_path / "16.png"), shallow[..., ::-1].astype(np.uint16) * 257)
+    metadata = {"exif": exif.tobytes(), "icc_profile": b"profile"}
+    pictures._insert_metadata(tmp_path / "16.png", metadata)
+    for name in ("8.png", "16.png"):
+        run(tmp_path / name, tmp_path / "out" / name)
+    expected, deep = (Image.open(tmp_path / "out" / name) for name in ("8.png", "16.png"))
+    pixels = cv2.imread(str(tmp_path / "out" / "16.png"), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(pixels[..., ::-1], np.asarray(expected).astype(np.uint16) * 257)
+    for result in (expected, deep):
+        assert result.getexif().get(0x0112, 1) == 1
+        assert result.getexif()[0x010F] == "maker"
+        assert result.info["icc_profile"] == b"profile"
+
+
+def test_16_bit_grey_keeps_its_profile(run, tmp_path):
+    pixels = picture(channels=1, dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "in.png", icc_profile=b"profile")
+    run(tmp_path / "in.png", tmp_path / "out.png")
+    result = Image.open(tmp_path / "out.png")
+    assert np.array_equal(np.asarray(result), pixels)
+    assert result.info["icc_profile"] == b"profile"
+
+
 def test_16_bit_colour_without_opencv_is_refused_and_not_cut(run, tmp_path, monkeypatch):
     header = b"\x89PNG\r\n\x1a\n" + bytes([0, 0, 0, 13]) + b"IHDR"
     (tmp_path / "deep.png").write_bytes(header + bytes([0, 0, 0, 9, 0, 0, 0, 9, 16, 2, 0, 0, 0]))

@@ -243,7 +243,9 @@ def test_sapnet_of_every_dtype_size_and_transform():
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(model(y).float(), expected, rtol=0, atol=0.02)
         half = pickle.loads(pickle.dumps(model)).to(torch.bfloat16)
-        torch.testing.assert_close(half(y.bfloat16()).float(), expected, rtol=0, atol=0.02)
+        for images in (y, y[:1]):  # one image: its convolutions sum their outputs for the gates
+            actual = half(images.bfloat16()).float()
+            torch.testing.assert_close(actual, expected[: len(images)], rtol=0, atol=0.02)
 
 
 def test_sapnet_compiles_whole_and_pickles():

@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from gpu import elementwise, products, skipping, timing
+from gpu import elementwise, networks, products, skipping, timing
 from gpu.calls import (
     GRADIENTS,
     LAYOUTS,
@@ -290,6 +290,7 @@ def run_all(clock, journal: Journal, layers: tuple[Layer, ...], cudnn: list, sam
         (elementwise, "the same formula in PyTorch"),
         (skipping, "PyTorch's dense convolution"),
         (products, "the same call by mma.sync"),
+        (networks, "the same network on PyTorch's layers"),
     ):
         chosen = [layer for layer in layers if layer.name in room.LAYER_NAMES]
         for call in itertools.product(chosen, room.KINDS, ("bf16", "fp32"), LAYOUTS):

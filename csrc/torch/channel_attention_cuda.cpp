@@ -12,14 +12,15 @@ namespace {
 
 namespace cuda = channel_attention::cuda;
 
-// The weights as the kernels read them, in input's dtype, and what keeps their memory.
+// The weights as the kernels read them, in a tensor's dtype and for its channels, and what keeps their memory.
 class Weights {
  public:
-  Weights(const Tensor& input, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
-          const std::optional<Tensor>& b2, const std::optional<Tensor>& w3, const char* op)
-      : input_(input), op_(op) {
+  Weights(const Tensor& like, ScalarType dtype, const Tensor& w1, const std::optional<Tensor>& b1,
+          const Tensor& w2, const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
+          const char* op)
+      : like_(like), dtype_(dtype), op_(op) {
     STD_TORCH_CHECK(w1.dim() == 2, op, ": w1 must be (hidden, channels)");
-    const int64_t channels = input.size(1);
+    const int64_t channels = like.size(1);
     layers.hidden = w1.size(0);
     // Of shared memory a block can have 99 KB on every GPU.
     STD_TORCH_CHECK(channels + layers.hidden <= 24 * 1024, op,
@@ -37,14 +38,14 @@ class Weights {
  private:
   const void* keep(int slot, const Tensor& t, int64_t size) {
     STD_TORCH_CHECK(t.numel() == size, op_, ": a weight or bias does not fit input's channels");
-    check_same_device(input_, t, op_, "a weight or bias");
-    const ScalarType dtype = input_.scalar_type();
+    check_same_device(like_, t, op_, "a weight or bias");
     kept_[slot] =
-        torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+        torch::stable::contiguous(t.scalar_type() == dtype_ ? t : torch::stable::to(t, dtype_));
     return kept_[slot]->const_data_ptr();
   }
 
-  const Tensor& input_;
+  const Tensor& like_;
+  ScalarType dtype_;
   const char* op_;
   std::optional<Tensor> kept_[5];
 };
@@ -64,6 +65,24 @@ Tensor empty_gate(const Tensor& input) {
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+// What all forward ops share; a new output, or the input itself.
+cuda::Forward forward_params(const Tensor& input, const Tensor& output, const Tensor& gate,
+                             const Weights& weights, const std::optional<Tensor>& residual,
+                             bool relu, bool residual_relu, const char* op) {
+  cuda::Forward p{};
+  p.shape = shape_of(input, op);
+  if (residual) check_like(*residual, input, op, "residual");
+  if (residual) check_same_device(input, *residual, op, "residual");
+  p.layers = weights.layers;
+  p.input = input.const_data_ptr();
+  p.residual = residual ? residual->const_data_ptr() : nullptr;
+  p.output = output.mutable_data_ptr();
+  p.gate = floats(gate);
+  p.relu = relu;
+  p.residual_relu = residual_relu;
+  return p;
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& w1,
                                            const std::optional<Tensor>& b1, const Tensor& w2,
                                            const std::optional<Tensor>& b2,
@@ -71,25 +90,78 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& w1
                                            const std::optional<Tensor>& residual, bool relu,
                                            bool residual_relu) {
   constexpr const char* op = "pywino::_channel_attention_forward";
-  cuda::Forward p{};
-  p.shape = shape_of(input, op);
+  shape_of(input, op);
   const Launch launch(input, op, cuda::pywino_channel_attention_cuda_error);
-  const Weights weights(input, w1, b1, w2, b2, w3, op);
-  if (residual) check_like(*residual, input, op, "residual");
-  if (residual) check_same_device(input, *residual, op, "residual");
+  const Weights weights(input, input.scalar_type(), w1, b1, w2, b2, w3, op);
   Tensor output = empty_as(input), mean = empty_gate(input), gate = empty_gate(input);
-  Tensor partial = empty_sums(input, cuda::parts_of(p.shape));
-  p.layers = weights.layers;
-  p.input = input.const_data_ptr();
-  p.residual = residual ? residual->const_data_ptr() : nullptr;
-  p.output = output.mutable_data_ptr();
+  cuda::Forward p = forward_params(input, output, gate, weights, residual, relu, residual_relu, op);
+  p.whole = cuda::has_whole(p.shape, p.layers.hidden, 1);
+  Tensor partial = empty_sums(input, p.whole ? 0 : cuda::parts_of(p.shape));
   p.mean = floats(mean);
-  p.gate = floats(gate);
   p.partial = floats(partial);
-  p.relu = relu;
-  p.residual_relu = residual_relu;
   launch.check(cuda::pywino_channel_attention_forward(&p, launch.stream()));
   return {output, mean, gate};
+}
+
+void check_mean(const Tensor& mean, int64_t n, int64_t c, const char* op) {
+  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.dim() == 2 &&
+                      mean.is_contiguous() && mean.size(0) == n && mean.size(1) == c && n > 0 &&
+                      c > 0,
+                  op, ": mean must be contiguous float32 numbers, one an image and channel");
+}
+
+// g of z, where what reads the tensor next applies it.
+Tensor gate_of(const Tensor& mean, const Tensor& w1, const std::optional<Tensor>& b1,
+               const Tensor& w2, const std::optional<Tensor>& b2, const std::optional<Tensor>& w3) {
+  constexpr const char* op = "pywino::_channel_attention_gate";
+  STD_TORCH_CHECK(mean.dim() == 2, op, ": mean must be (N, C)");
+  check_mean(mean, mean.size(0), mean.size(1), op);
+  const Launch launch(mean, op, cuda::pywino_channel_attention_cuda_error);
+  const Weights weights(mean, w1.scalar_type(), w1, b1, w2, b2, w3, op);
+  Tensor gate = empty_gate(mean);
+  cuda::Forward p{};
+  p.shape = {mean.size(0), mean.size(1), 1, true, dtype_of(w1, op, "w1")};
+  p.layers = weights.layers;
+  p.known = static_cast<const float*>(mean.const_data_ptr());
+  p.gate = floats(gate);
+  launch.check(cuda::pywino_channel_attention_gate(&p, launch.stream()));
+  return gate;
+}
+
+// y of a known z, into `output`.
+void apply_to(const Tensor& output, const Tensor& input, const Tensor& mean, const Tensor& w1,
+              const std::optional<Tensor>& b1, const Tensor& w2, const std::optional<Tensor>& b2,
+              const std::optional<Tensor>& w3, const std::optional<Tensor>& residual, bool relu,
+              bool residual_relu, const char* op) {
+  shape_of(input, op);
+  check_mean(mean, input.size(0), input.size(1), op);
+  check_same_device(input, mean, op, "mean");
+  const Launch launch(input, op, cuda::pywino_channel_attention_cuda_error);
+  const Weights weights(input, input.scalar_type(), w1, b1, w2, b2, w3, op);
+  Tensor gate = empty_gate(input);
+  cuda::Forward p = forward_params(input, output, gate, weights, residual, relu, residual_relu, op);
+  p.known = static_cast<const float*>(mean.const_data_ptr());
+  launch.check(cuda::pywino_channel_attention_gate(&p, launch.stream()));
+  launch.check(cuda::pywino_channel_attention_apply(&p, launch.stream()));
+}
+
+Tensor apply(const Tensor& input, const Tensor& mean, const Tensor& w1,
+             const std::optional<Tensor>& b1, const Tensor& w2, const std::optional<Tensor>& b2,
+             const std::optional<Tensor>& w3, const std::optional<Tensor>& residual, bool relu,
+             bool residual_relu) {
+  constexpr const char* op = "pywino::_channel_attention_apply";
+  shape_of(input, op);
+  Tensor output = empty_as(input);
+  apply_to(output, input, mean, w1, b1, w2, b2, w3, residual, relu, residual_relu, op);
+  return output;
+}
+
+void apply_in_place(const Tensor& input, const Tensor& mean, const Tensor& w1,
+                    const std::optional<Tensor>& b1, const Tensor& w2,
+                    const std::optional<Tensor>& b2, const std::optional<Tensor>& w3,
+                    const std::optional<Tensor>& residual, bool relu, bool residual_relu) {
+  apply_to(input, input, mean, w1, b1, w2, b2, w3, residual, relu, residual_relu,
+           "pywino::_channel_attention_apply_");
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
@@ -100,7 +172,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, con
   cuda::Backward p{};
   p.shape = shape_of(input, op);
   const Launch launch(input, op, cuda::pywino_channel_attention_cuda_error);
-  const Weights weights(input, w1, b1, w2, std::nullopt, w3, op);
+  const Weights weights(input, input.scalar_type(), w1, b1, w2, std::nullopt, w3, op);
   check_like(grad, input, op, "grad");
   check_same_device(input, grad, op, "grad");
   for (const Tensor* t : {&mean, &gate}) {
@@ -110,8 +182,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, con
     check_same_device(input, *t, op, "mean and gate");
   }
   Tensor input_gradient = empty_as(input), logit_gradient = empty_gate(input);
-  Tensor partial = empty_sums(input, cuda::parts_of(p.shape)), shift = empty_gate(input);
   p.layers = weights.layers;
+  p.whole = cuda::has_whole(p.shape, p.layers.hidden, 2);
+  Tensor partial = empty_sums(input, p.whole ? 0 : cuda::parts_of(p.shape));
+  Tensor shift = empty_gate(input);
   p.grad = grad.const_data_ptr();
   p.input = input.const_data_ptr();
   p.mean = static_cast<const float*>(mean.const_data_ptr());
@@ -130,5 +204,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, con
 
 STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
   m.impl("_channel_attention_forward", TORCH_BOX(&pywino::forward));
+  m.impl("_channel_attention_gate", TORCH_BOX(&pywino::gate_of));
+  m.impl("_channel_attention_apply", TORCH_BOX(&pywino::apply));
+  m.impl("_channel_attention_apply_", TORCH_BOX(&pywino::apply_in_place));
   m.impl("_channel_attention_backward", TORCH_BOX(&pywino::backward));
 }

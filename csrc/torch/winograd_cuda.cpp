@@ -2,6 +2,7 @@
 // The CUDA kernels as torch ops: unpack, check, allocate, launch on the current stream of the tensors' device. No CUDA header:
 // this file compiles, and the library loads, on a machine without a GPU. pywino/ops/_winograd_cuda.py has schemas and fakes.
 #include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "core/winograd/cuda.h"
@@ -179,12 +180,21 @@ std::tuple<Tensor, Tensor> filter(const Tensor& weight, int64_t tile, bool stric
   return {u, scale};
 }
 
-Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
-               const std::optional<Tensor>& places, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
-               IntArray padding, IntArray dilation, bool relu, bool winograd_relu, bool strict,
-               int64_t workspace_limit) {
-  constexpr const char* op = "pywino::_winograd_cuda_forward";
+Tensor partial_of(const Tensor& like, int64_t floats) {
+  return empty_like(like, {floats}, ScalarType::Float, false);
+}
+
+// Of one image: a gate for the input's channels, and the means of the output's.
+struct Extras {
+  const float* gate = nullptr;
+  float* mean = nullptr;
+};
+
+Tensor staged(const Tensor& input, const Tensor& filter, const Tensor& scale,
+              const std::optional<Tensor>& places, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
+              IntArray padding, IntArray dilation, bool relu, bool winograd_relu, bool strict,
+              int64_t workspace_limit, const Extras& extras, const char* op) {
   STD_TORCH_CHECK(cuda::has_tile(tile), op, ": tile must be 2, 4 or 6, got ", tile);
   cuda::Forward p{};
   p.geometry = geometry_of(input, out_channels, tile, padding, dilation, op);
@@ -207,8 +217,21 @@ Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
   p.residual = epilogue.residual_data;
   p.output = output.mutable_data_ptr();
   p.workspace = workspace.mutable_data_ptr();
+  Tensor partial = partial_of(input, extras.mean ? cuda::mean_floats(g, p.chunk) : 0);
+  p.gate = extras.gate;
+  p.mean = extras.mean;
+  p.partial = static_cast<float*>(partial.mutable_data_ptr());
   launch.check(cuda::forward(p, launch.stream(), zeros ? &*zeros : nullptr));
   return output;
+}
+
+Tensor forward(const Tensor& input, const Tensor& filter, const Tensor& scale,
+               const std::optional<Tensor>& places, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& residual, int64_t out_channels, int64_t tile,
+               IntArray padding, IntArray dilation, bool relu, bool winograd_relu, bool strict,
+               int64_t workspace_limit) {
+  return staged(input, filter, scale, places, bias, residual, out_channels, tile, padding, dilation,
+                relu, winograd_relu, strict, workspace_limit, {}, "pywino::_winograd_cuda_forward");
 }
 
 // dW. grad_peaks and input_peaks, the largest magnitude of each channel, where the domain is fp16.
@@ -280,30 +303,30 @@ Tensor domain_backward_input(const Tensor& grad, const Tensor& input, const Tens
              : torch::stable::to(gradient, input.scalar_type());
 }
 
-Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& residual, int64_t out_channels, IntArray padding,
-              IntArray dilation, bool relu, bool strict) {
-  constexpr const char* op = "pywino::_winograd_cuda_direct";
-  const winograd::Geometry g = geometry_of(input, out_channels, 2, padding, dilation, op);
-  STD_TORCH_CHECK(is_channels_last(input) ||
-                      (input.is_contiguous() && (g.input.c == 1 || g.input.h * g.input.w == 1)),
-                  op, ": input must be channels_last");
-  const int64_t bytes = g.input.c * int64_t(input.element_size());
+// A tensor whose pixels the direct kernel reads in whole 16 bytes.
+void check_pixels(const Tensor& t, const char* op, const char* name) {
+  const bool dense = t.is_contiguous() && (t.size(1) == 1 || t.size(2) * t.size(3) == 1);
+  STD_TORCH_CHECK(is_channels_last(t) || dense, op, ": ", name, " must be channels_last");
+  const int64_t bytes = t.size(1) * int64_t(t.element_size());
   STD_TORCH_CHECK(bytes % 16 == 0, op, ": a pixel's channels must be a multiple of 16 bytes, got ",
                   bytes);
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0, op,
-                  ": input must begin at a multiple of 16 bytes; clone it");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, op, ": ", name,
+                  " must begin at a multiple of 16 bytes; clone it");
+}
+
+// What a direct convolution reads. Of `more` channels behind the input's, the caller says where they are.
+cuda::Direct direct_params(const Tensor& input, int64_t more, const Tensor& filter,
+                           int64_t out_channels, IntArray padding, IntArray dilation, bool strict,
+                           const char* op) {
+  const winograd::Geometry g = geometry_of(input, out_channels, 2, padding, dilation, op);
+  check_pixels(input, op, "input");
   STD_TORCH_CHECK(g.input.n * g.input.h * g.input.w < (int64_t(1) << 31) &&
                       g.input.n * g.out_h() * g.out_w() < (int64_t(1) << 31),
                   op, ": input and output must have less than 2^31 pixels");
   STD_TORCH_CHECK(filter.scalar_type() == input.scalar_type() && filter.is_contiguous() &&
-                      filter.numel() == 9 * cuda::padded(out_channels) * g.input.c,
+                      filter.numel() == 9 * cuda::padded(out_channels) * (g.input.c + more),
                   op, ": the filter was made for other channels, another dtype or an algorithm");
   check_same_device(input, filter, op, "filter");
-  const Launch launch(input, op, cuda::pywino_cuda_error);
-  Tensor output =
-      empty_like(input, {g.input.n, out_channels, g.out_h(), g.out_w()}, input.scalar_type(), true);
-  const Epilogue epilogue(output, bias, residual, op);
   cuda::Direct p{};
   p.n = g.input.n;
   p.h = g.input.h;
@@ -319,14 +342,103 @@ Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Ten
   p.dil_w = int(g.dil_w);
   p.dtype = g.dtype;
   p.strict = strict;
-  p.relu = relu;
   p.input = input.const_data_ptr();
   p.u = filter.const_data_ptr();
+  return p;
+}
+
+Tensor run_direct(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& residual, int64_t out_channels, IntArray padding,
+                  IntArray dilation, bool relu, bool strict, const Extras& extras, const char* op) {
+  cuda::Direct p = direct_params(input, 0, filter, out_channels, padding, dilation, strict, op);
+  const Launch launch(input, op, cuda::pywino_cuda_error);
+  Tensor output =
+      empty_like(input, {p.n, out_channels, p.out_h, p.out_w}, input.scalar_type(), true);
+  const Epilogue epilogue(output, bias, residual, op);
+  p.relu = relu;
   p.bias = epilogue.bias_data;
   p.residual = epilogue.residual_data;
   p.output = output.mutable_data_ptr();
+  const int64_t parts = extras.mean ? cuda::direct_parts(p.n * p.out_h * p.out_w) : 0;
+  Tensor partial = partial_of(input, parts * out_channels);
+  p.gate = extras.gate;
+  p.mean = extras.mean;
+  p.partial = extras.mean ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
   launch.check(cuda::pywino_winograd_direct(&p, launch.stream()));
   return output;
+}
+
+// (h', c') of a convolutional LSTM with 3 x 3 kernels. The filter and the bias have a channel's four gates side by side.
+std::tuple<Tensor, Tensor> conv_lstm(const Tensor& input, const std::optional<Tensor>& hidden,
+                                     const std::optional<Tensor>& cell, const Tensor& filter,
+                                     const std::optional<Tensor>& bias, int64_t channels,
+                                     bool strict) {
+  constexpr const char* op = "pywino::_winograd_cuda_conv_lstm";
+  STD_TORCH_CHECK(channels > 0 && channels % 2 == 0, op, ": channels must be even, got ", channels);
+  const std::array<int64_t, 2> one = {1, 1};
+  cuda::Direct p =
+      direct_params(input, hidden ? channels : 0, filter, 4 * channels, one, one, strict, op);
+  for (const std::optional<Tensor>* state : {&hidden, &cell})
+    if (*state) {
+      const Tensor& t = **state;
+      STD_TORCH_CHECK(t.scalar_type() == input.scalar_type() && t.dim() == 4 && t.size(0) == p.n &&
+                          t.size(1) == channels && t.size(2) == p.h && t.size(3) == p.w,
+                      op, ": hidden and cell must be (N, ", channels, ", H, W) in input's dtype");
+      check_pixels(t, op, "hidden and cell");
+      check_same_device(input, t, op, "hidden and cell");
+    }
+  if (bias)
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
+                        bias->numel() == 4 * channels,
+                    op, ": bias must be ", 4 * channels, " contiguous numbers in float32");
+  if (bias) check_same_device(input, *bias, op, "bias");
+  const Launch launch(input, op, cuda::pywino_cuda_error);
+  const auto empty_state = [&] {
+    return empty_like(input, {p.n, channels, p.h, p.w}, input.scalar_type(), true);
+  };
+  Tensor next_hidden = empty_state(), next_cell = empty_state();
+  p.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  p.second = hidden ? hidden->const_data_ptr() : nullptr;
+  p.second_c = hidden ? channels : 0;
+  p.cell = cell ? cell->const_data_ptr() : nullptr;
+  p.output = next_hidden.mutable_data_ptr();
+  p.next_cell = next_cell.mutable_data_ptr();
+  launch.check(cuda::pywino_winograd_direct(&p, launch.stream()));
+  return {next_hidden, next_cell};
+}
+
+Tensor direct(const Tensor& input, const Tensor& filter, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& residual, int64_t out_channels, IntArray padding,
+              IntArray dilation, bool relu, bool strict) {
+  return run_direct(input, filter, bias, residual, out_channels, padding, dilation, relu, strict,
+                    {}, "pywino::_winograd_cuda_direct");
+}
+
+// conv of one image, or of relu(gate input), and the means of its output's channels. tile 1: the direct kernel.
+std::tuple<Tensor, Tensor> forward_mean(const Tensor& input, const std::optional<Tensor>& gate,
+                                        const Tensor& filter, const Tensor& scale,
+                                        const std::optional<Tensor>& bias, int64_t out_channels,
+                                        int64_t tile, IntArray padding, IntArray dilation,
+                                        bool strict, int64_t workspace_limit) {
+  constexpr const char* op = "pywino::_winograd_cuda_forward_mean";
+  STD_TORCH_CHECK(input.dim() == 4 && input.size(0) == 1 && out_channels >= 1, op,
+                  ": input must be one image");
+  if (gate) {
+    STD_TORCH_CHECK(gate->scalar_type() == ScalarType::Float && gate->is_contiguous() &&
+                        gate->numel() == input.size(1),
+                    op, ": gate must be a float32 number for each channel of the input");
+    check_same_device(input, *gate, op, "gate");
+  }
+  Tensor mean = empty_like(input, {1, out_channels}, ScalarType::Float, false);
+  const Extras extras{gate ? static_cast<const float*>(gate->const_data_ptr()) : nullptr,
+                      static_cast<float*>(mean.mutable_data_ptr())};
+  if (tile == 1)
+    return {run_direct(input, filter, bias, std::nullopt, out_channels, padding, dilation, false,
+                       strict, extras, op),
+            mean};
+  return {staged(input, filter, scale, std::nullopt, bias, std::nullopt, out_channels, tile,
+                 padding, dilation, false, false, strict, workspace_limit, extras, op),
+          mean};
 }
 
 }  // namespace
@@ -337,5 +449,7 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, PYWINO_CUDA_KEY, m) {
   m.impl("_winograd_cuda_forward", TORCH_BOX(&pywino::forward));
   m.impl("_winograd_cuda_backward_weight", TORCH_BOX(&pywino::backward_weight));
   m.impl("_winograd_cuda_domain_backward_input", TORCH_BOX(&pywino::domain_backward_input));
+  m.impl("_winograd_cuda_forward_mean", TORCH_BOX(&pywino::forward_mean));
+  m.impl("_winograd_cuda_conv_lstm", TORCH_BOX(&pywino::conv_lstm));
   m.impl("_winograd_cuda_direct", TORCH_BOX(&pywino::direct));
 }

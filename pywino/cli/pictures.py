@@ -8,6 +8,7 @@ import os
 import struct
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_picture(path: Path) -> Picture:
 def _picture_of(image) -> Picture:
     metadata = {"exif": image.getexif().tobytes()} if image.getexif() else {}
     icc = image.info.get("icc_profile")
-    if icc and image.mode in ("L", "LA", "RGB", "RGBA", "P"):
+    if icc and (image.mode in ("L", "LA", "RGB", "RGBA", "P", "I") or image.mode[:4] == "I;16"):
         metadata["icc_profile"] = icc
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.float32) / 65535
@@ -88,7 +89,7 @@ def write_picture(path: Path, picture: Picture) -> None:
         raise Refused(f"{suffix} holds no alpha channel; give a name that ends in .png")
     with whole(path) as temporary:
         if picture.depth == 16 and not picture.grey:
-            _write_deep(temporary, values, picture.alpha)
+            _write_deep(temporary, values, picture.alpha, picture.metadata)
             return
         from PIL import Image
 
@@ -154,14 +155,57 @@ def _read_deep(path: Path) -> Picture:
     values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if values is None or values.ndim != 3:
         raise Refused("it cannot be read (OpenCV finds no picture in it)")
-    alpha = values[..., 3] if values.shape[2] == 4 else None
-    return Picture(tensor_of(values[..., 2::-1].astype(np.float32) / 65535), False, alpha, 16)
+    # What OpenCV leaves out, from the file's head.
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            exif, icc = image.getexif(), image.info.get("icc_profile")
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise Refused(f"it cannot be read ({first_line(error)})") from error
+    values = _UPRIGHT.get(exif.pop(0x0112, 1), lambda pixels: pixels)(values)
+    metadata = {"exif": exif.tobytes()} if exif else {}
+    if icc:
+        metadata["icc_profile"] = icc
+    alpha = np.ascontiguousarray(values[..., 3]) if values.shape[2] == 4 else None
+    rgb = tensor_of(values[..., 2::-1].astype(np.float32) / 65535)
+    return Picture(rgb, False, alpha, 16, metadata)
 
 
-def _write_deep(path: Path, rgb: np.ndarray, alpha: np.ndarray | None) -> None:
+# By EXIF orientation.
+_UPRIGHT = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def _write_deep(path: Path, rgb: np.ndarray, alpha: np.ndarray | None, metadata: dict) -> None:
     bgr = rgb[..., ::-1] if alpha is None else np.dstack([rgb[..., ::-1], alpha])
     if not opencv("a 16-bit colour picture").imwrite(str(path), bgr):
         raise Refused(f"OpenCV cannot write {path.suffix}")
+    if metadata and path.suffix.lower() == ".png":
+        _insert_metadata(path, metadata)
+
+
+def _insert_metadata(path: Path, metadata: dict) -> None:
+    """Profile and EXIF into a PNG that has neither."""
+    chunks = b""
+    if "icc_profile" in metadata:
+        chunks += _png_chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(metadata["icc_profile"]))
+    if "exif" in metadata:
+        chunks += _png_chunk(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
+    data, head = path.read_bytes(), 8 + 25  # the signature and the chunk IHDR
+    path.write_bytes(data[:head] + chunks + data[head:])
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    check = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
 
 
 def first_line(error: Exception) -> str:

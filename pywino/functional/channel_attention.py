@@ -43,7 +43,8 @@ def channel_residual_attention(
         residual: like input, or None: added after that.
         residual_activation: None or "relu", on the sum with the residual.
         mean: z, (N, C) in float32, where what made x has summed it (`WinogradConv2d.with_mean`):
-            the CPU's kernel then reads x once less. Where a gradient is wanted it is made anew.
+            the CPU's and the CUDA kernel then read x once less. Where a gradient is wanted it is
+            made anew.
         inplace: the result may be written over x, where a kernel can and no gradient is wanted; use
             what is returned, and x no more.
         backend: "auto" | "cpu" | "aten" | "cuda" | "triton".
@@ -85,15 +86,13 @@ def channel_residual_attention(
         return torch.ops.pywino.channel_residual_attention(*arguments, backend)[0]
     if not is_plain(*arguments[:7]):
         return reference.channel_residual_attention(*arguments)
-    if (
-        backend != "aten"
-        and not autocasts(input)
-        and not wants_gradients(*arguments[:7])
-        and backends.can_run("cpu", ops.describe(input)) is None
-    ):
-        if mean is not None:
-            return ops.apply(input, mean, *arguments[1:], inplace)
-        return ops.native_forward(*arguments)[0]
+    if backend != "aten" and not autocasts(input) and not wants_gradients(*arguments[:7]):
+        name = "cpu" if input.is_cpu else "cuda"
+        if backend in ("auto", name) and backends.can_run(name, ops.describe(input)) is None:
+            if mean is not None:
+                return ops.apply(input, mean, *arguments[1:], inplace)
+            if name == "cpu":
+                return ops.native_forward(*arguments)[0]
     return torch.ops.pywino.channel_residual_attention.default(*arguments, backend)[0]
 
 

@@ -74,7 +74,11 @@ def _fused(input, hidden, cell, weight, bias, choice, cache):
     kernel = inference_kernel(tensors, (1, 1), (1, 1), choice, cache is not None)
     if kernel is None or not kernel.takes_lstm(input, channels):
         return None
-    filter = kernel.filter(weight) if cache is None else cache.filter(weight, kernel)
+    if cache is None:
+        filter = kernel.lstm_filter(weight)
+    else:
+        with torch.no_grad():
+            filter = cache.derived(("lstm", kernel), weight, kernel.lstm_filter)
     return kernel.conv_lstm(input, hidden, cell, filter, bias, channels)
 
 

@@ -180,7 +180,7 @@ def gated(input, gate):
 
 
 def inference_kernel(tensors, padding, dilation, choice, cached):
-    """The `Kernel` of an eager call on plain CPU tensors without gradients, for what only kernels
+    """The `Kernel` of an eager call on plain tensors without gradients, for what only kernels
     fuse; None where there is another call or PyTorch's convolution was chosen.
 
     tensors: (input, weight, bias, ...), of which the input may have fewer channels than the
@@ -193,7 +193,7 @@ def inference_kernel(tensors, padding, dilation, choice, cached):
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or _len_torch_dispatch_stack() > 0
-        or not input.is_cpu
+        or not (input.is_cpu or input.is_cuda)
         or input.dim() != 4
         or autocasts(input)
         or _gradients(*tensors)

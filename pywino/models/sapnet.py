@@ -158,7 +158,8 @@ class SAPNet(nn.Module):
         x, state, estimates = input, None, []
         # A hook may keep what it sees.
         alone = not torch.compiler.is_compiling() and not any(map(has_hooks, self.modules()))
-        spare: list[Tensor] | None = [] if fused and alone else None
+        # PyTorch's allocator for GPUs keeps memory itself.
+        spare: list[Tensor] | None = [] if fused and alone and input.is_cpu else None
         for _ in range(self.stages):
             state = recurrence(x, state)
             s = state[0]

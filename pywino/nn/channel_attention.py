@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pywino.functional.channel_attention import channel_residual_attention
-from pywino.reference import channel_attention as reference
+from pywino.ops import channel_attention as ops
 
 
 class GatePaths(NamedTuple):
@@ -115,7 +115,7 @@ class ChannelResidualAttention(ChannelAttention):
             layer if layer is None else layer.weight.flatten(1)
             for layer in (squeeze, expand, shortcut)
         )
-        return reference.gate(mean, w1, w2, w3, squeeze.bias, expand.bias)
+        return ops.gate(mean, w1, w2, w3, squeeze.bias, expand.bias)
 
     @classmethod
     def from_dense(cls, gate, paths):

@@ -87,14 +87,24 @@ class Kernel(NamedTuple):
 
     def gives_mean(self, input):
         """Whether `forward_mean` takes this input."""
-        return self.backend == "cpu" and len(input) == 1 and backends.is_channels_last(input)
+        if len(input) != 1 or self.winograd_relu:
+            return False
+        return self.backend == "cuda" or (
+            self.backend == "cpu" and backends.is_channels_last(input)
+        )
 
     def forward_mean(self, input, gate, filter, bias, out_channels, padding, dilation, out=None):
         """(conv + bias, the mean of each of its channels (1, K) in float32), in one pass; with a
         gate, C numbers in float32, conv of relu(gate input), which `takes_gate` must admit.
-        out: a tensor to write into."""
+        out: a tensor to write into, on the CPU."""
         if bias is not None:
             bias = bias.float().contiguous()
+        if self.backend == "cuda":
+            if not backends.is_channels_last(input):
+                input = input.contiguous()
+            return _winograd_cuda.forward_mean(
+                input, gate, filter, bias, out_channels, self.tile, padding, dilation, self.mode
+            )
         arguments = (
             input, gate, filter, bias, out_channels, self.tile, padding, dilation, self.mode
         )  # fmt: skip
@@ -103,10 +113,15 @@ class Kernel(NamedTuple):
         return _ops._winograd_forward_mean.default(*arguments)
 
     def takes_gate(self, input):
-        return self.gives_mean(input) and input.dtype == torch.float32
+        return self.gives_mean(input) and (self.backend == "cuda" or input.dtype == torch.float32)
 
     def takes_lstm(self, input, channels):
         """Whether `conv_lstm` takes this input and so many channels of the state."""
+        if self.backend == "cuda" and self.tile == 1:
+            sizes = (input.shape[1], channels)
+            return backends.is_channels_last(input) and not any(
+                size * input.element_size() % 16 for size in sizes
+            )
         return (
             self.backend == "cpu"
             and not self.winograd_relu
@@ -115,12 +130,21 @@ class Kernel(NamedTuple):
             and input.shape[1] % 16 == channels % 16 == 0
         )
 
+    def lstm_filter(self, weight):
+        """The packed filter of a convolutional LSTM's gates."""
+        if self.backend == "cuda":
+            return _winograd_cuda.lstm_filter(weight, self.mode)
+        return self.filter(weight)
+
     def conv_lstm(self, input, hidden, cell, filter, bias, channels):
-        """(h', c') of a convolutional LSTM whose gates are conv([input, h]) + bias."""
+        """(h', c') of a convolutional LSTM whose gates are conv([input, h]) + bias, with a filter
+        from `lstm_filter`."""
         states = (
             state if state is None else state.contiguous(memory_format=torch.channels_last)
             for state in (hidden, cell)
         )
+        if self.backend == "cuda":
+            return _winograd_cuda.conv_lstm(input, *states, filter, bias, channels, self.mode)
         if bias is not None:
             bias = bias.contiguous()
         return _ops._winograd_conv_lstm.default(

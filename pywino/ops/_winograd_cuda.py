@@ -4,6 +4,9 @@
     pywino::_winograd_cuda_filter    weight -> U [tap][K'][C'] and a power of two for each filter
     pywino::_winograd_cuda_forward   the three stages of F(m x m, 3 x 3)
     pywino::_winograd_cuda_direct    the direct convolution: tile 1
+    pywino::_winograd_cuda_forward_mean           both, of one image: the input is relu(gate input),
+                                                  and the output comes with its channels' means
+    pywino::_winograd_cuda_conv_lstm              a step of a convolutional LSTM, by the direct one
     pywino::_winograd_cuda_backward_weight        dW, also of a weight in the Winograd domain
     pywino::_winograd_cuda_domain_backward_input  dX of a weight in the Winograd domain
 
@@ -76,6 +79,28 @@ def _direct_fake(input, filter, bias, residual, out_channels, padding, dilation,
     return _output(input, out_channels, padding, dilation)
 
 
+def _forward_mean_fake(
+    input,
+    gate,
+    filter,
+    scale,
+    bias,
+    out_channels,
+    tile,
+    padding,
+    dilation,
+    strict,
+    workspace_limit,
+):
+    output = _output(input, out_channels, padding, dilation)
+    return output, input.new_empty(output.shape[:2], dtype=torch.float32)
+
+
+def _conv_lstm_fake(input, hidden, cell, filter, bias, channels, strict):
+    size = (input.shape[0], channels, *input.shape[2:])
+    return _like(size, input), _like(size, input)
+
+
 def _backward_weight_fake(
     grad,
     input,
@@ -119,7 +144,19 @@ define(
     None,
     _direct_fake,
 )
-
+define(
+    "_winograd_cuda_forward_mean(Tensor input, Tensor? gate, Tensor filter, Tensor scale, "
+    f"Tensor? bias, int out_channels, int tile, {_GEOMETRY}, bool strict, int workspace_limit) -> "
+    "(Tensor, Tensor)",
+    None,
+    _forward_mean_fake,
+)
+define(
+    "_winograd_cuda_conv_lstm(Tensor input, Tensor? hidden, Tensor? cell, Tensor filter, "
+    "Tensor? bias, int channels, bool strict) -> (Tensor, Tensor)",
+    None,
+    _conv_lstm_fake,
+)
 
 define(
     "_winograd_cuda_backward_weight(Tensor grad, Tensor input, Tensor? grad_peaks, "
@@ -205,6 +242,53 @@ def forward(
         winograd_relu,
         strict,
         workspace_limit,
+    )
+
+
+def forward_mean(
+    input,
+    gate,
+    filter,
+    bias,
+    out_channels,
+    tile,
+    padding,
+    dilation,
+    strict,
+    workspace_limit=WORKSPACE_LIMIT,
+):
+    """(conv + bias, the means of its channels) of one image, or of relu(gate input)."""
+    return _ops._winograd_cuda_forward_mean.default(
+        input,
+        gate,
+        filter.u,
+        filter.scale,
+        bias,
+        out_channels,
+        tile,
+        padding,
+        dilation,
+        strict,
+        workspace_limit,
+    )
+
+
+def _by_gates(tensor, channels):
+    """Rows i, f, g, o of all channels, as those of the first channel, of the second, ..."""
+    return tensor.unflatten(0, (4, channels)).transpose(0, 1).flatten(0, 1)
+
+
+def lstm_filter(weight, strict):
+    """The filter of `conv_lstm`, of a weight (4 C, I + C, 3, 3)."""
+    return transform_filter(_by_gates(weight, len(weight) // 4), 1, strict)
+
+
+def conv_lstm(input, hidden, cell, filter, bias, channels, strict):
+    """(h', c') of dense channels_last tensors; hidden and cell may be None: zeros."""
+    if bias is not None:
+        bias = _by_gates(bias.float(), channels)
+    return _ops._winograd_cuda_conv_lstm.default(
+        input, hidden, cell, filter.u, bias, channels, strict
     )
 
 

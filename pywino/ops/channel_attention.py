@@ -16,6 +16,7 @@ import importlib
 
 import torch
 
+from pywino import _native as native
 from pywino import backends, planner
 from pywino.backends import Call
 from pywino.ops._kernels import backend_of
@@ -85,7 +86,7 @@ def native_forward(
 def apply(
     input, mean, w1, w2, w3, b1, b2, residual, activation, residual_activation, in_place=False
 ):
-    """The CPU's kernel where the mean is known."""
+    """The CPU's or the CUDA kernel where the mean is known."""
     format = _format(input)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
@@ -96,6 +97,14 @@ def apply(
         _ops._channel_attention_apply_.default(*arguments)
         return input
     return _ops._channel_attention_apply.default(*arguments)
+
+
+def gate(mean, w1, w2, w3, b1, b2):
+    """g of the means (N, C), in their dtype; by one kernel on a GPU that has it."""
+    native_types = mean.dtype == torch.float32 and w1.dtype != torch.float64
+    if mean.is_cuda and native_types and native.why_no_cuda() is None:
+        return _ops._channel_attention_gate.default(mean.contiguous(), w1, b1, w2, b2, w3)
+    return reference.gate(mean, *_exact((w1, w2, w3, b1, b2), mean.dtype))
 
 
 def _forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activation, backend):
@@ -257,6 +266,12 @@ define(
     "Tensor? b2, Tensor? w3, Tensor? residual, bool relu, bool residual_relu) -> ()",
     None,
     lambda *_: None,
+)
+define(
+    "_channel_attention_gate(Tensor mean, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "Tensor? w3) -> Tensor",
+    None,
+    lambda mean, *_: torch.empty_like(mean),
 )
 define(
     "_channel_attention_forward(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What test_binding.py runs: the ops of a library whose CUDA kernels are emulated."""
 
+import copy
 import sys
 import warnings
 
@@ -11,6 +12,9 @@ from torch.library import opcheck
 warnings.simplefilter("ignore")  # that PYWINO_PURE=1 is slow
 torch.ops.load_library(sys.argv[1])
 
+import pywino  # noqa: E402
+from pywino.functional import winograd as functional  # noqa: E402
+from pywino.models import sapnet  # noqa: E402
 from pywino.ops import _packed  # noqa: E402
 from pywino.ops import masked_conv as masked_ops  # noqa: E402
 from pywino.ops import sparse_conv as sparse_ops  # noqa: E402
@@ -240,6 +244,114 @@ def check_attention(dtype, bound, last):
     refuses("does not fit input's channels", forward, x, w1, b1, w3, *arguments[4:])
 
 
+def check_known_mean(dtype, bound, last):
+    """The gate of means that a convolution has made, and what it makes of the tensor, in place."""
+    x, residual = (torch.randn(2, 12, 9, 7).to(dtype) for _ in range(2))
+    if last:
+        x, residual = (t.contiguous(memory_format=channels_last) for t in (x, residual))
+    w1, w2, w3, b1 = (torch.randn(s).to(dtype) / 3 for s in ((3, 12), (12, 3), (12, 12), (3,)))
+    mean, layers = x.float().mean((2, 3)), (w1, b1, w2, None, w3)
+    exact = [t.double() for t in (w1, w2, w3, b1)]
+    gate = ops._channel_attention_gate(mean, *layers)
+    assert error(gate, channel_attention.gate(mean.double(), *exact)) <= 1e-6
+    expected = channel_attention.channel_residual_attention(
+        x.double(), *exact, None, residual.double(), "relu", "relu"
+    )
+    arguments = (x, mean, *layers, residual, True, True)
+    y = ops._channel_attention_apply(*arguments)
+    assert error(y, expected) <= bound, (dtype, error(y, expected))
+    assert (y.dtype, y.stride()) == (dtype, x.stride())
+    tests = ("test_schema", "test_faketensor")
+    opcheck(ops._channel_attention_apply.default, arguments, test_utils=tests)
+    opcheck(ops._channel_attention_gate.default, (mean, *layers), test_utils=tests)
+    ops._channel_attention_apply_(*arguments)
+    assert torch.equal(x, y)
+    refuses("mean must be contiguous float32", ops._channel_attention_apply, x, mean[:1], *layers,
+            None, True, True)  # fmt: skip
+    refuses("mean must be contiguous", ops._channel_attention_gate, mean.double(), *layers)
+
+
+def check_mean(tile, strict, dtype, bound, last, k=20, d=1):
+    """relu(gate input) convolved, and the means of its channels, by the kernels' own interface."""
+    torch.manual_seed(tile)
+    x, gate = torch.randn(1, 24, 13, 11).to(dtype), torch.rand(1, 24)
+    x = x.contiguous(memory_format=channels_last) if last else x
+    weight = (torch.randn(k, 24, 3, 3) / 15).to(dtype)
+    bias = torch.randn(k).to(dtype)
+    kernel = Kernel("cuda", tile, strict)
+    assert kernel.gives_mean(x)
+    assert kernel.takes_gate(x)
+    for g in (gate, None):
+        y, mean = kernel.forward_mean(x, g, kernel.filter(weight), bias, k, (d, d), (d, d))
+        gated = x.double() if g is None else (x.double() * g[:, :, None, None].double()).relu()
+        expected = torch.conv2d(gated, weight.double(), bias.double(), 1, d, d)
+        assert error(y, expected) <= bound, (tile, strict, dtype, error(y, expected))
+        assert error(mean, expected.mean((2, 3))) <= 10 * bound, error(mean, expected.mean((2, 3)))
+        assert (y.dtype, y.is_contiguous(memory_format=channels_last)) == (dtype, last)
+    forward = ops._winograd_cuda_forward_mean
+    u, scale, _ = kernel.filter(weight)
+    arguments = (x, gate, u, scale, bias.float(), k, tile, (d, d), (d, d), strict, 1 << 28)
+    opcheck(forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    refuses("gate must be a float32 number", forward, x, gate[:, 1:], *arguments[2:])
+    two = torch.cat((x, x))
+    refuses("input must be one image", forward, two, gate, *arguments[2:])
+    assert not kernel.gives_mean(two)
+    assert not kernel._replace(winograd_relu=True).gives_mean(x)
+
+
+def check_conv_lstm(dtype, strict, bound):
+    """The step as one kernel, by the kernels' own interface; the first step has no state."""
+    x, hidden, cell = (torch.randn(2, c, 7, 9).to(dtype) for c in (16, 24, 24))
+    x = x.contiguous(memory_format=channels_last)
+    weight, bias = (torch.randn(96, 40, 3, 3) / 12).to(dtype), torch.randn(96).to(dtype)
+    kernel = Kernel("cuda", 1, strict)
+    assert kernel.takes_lstm(x, 24)
+    assert not kernel.takes_lstm(x, 25)
+    assert not kernel.takes_lstm(x.contiguous(), 24)
+    assert not kernel._replace(tile=4).takes_lstm(x, 24)
+    for state, part in (((hidden, cell), weight), (None, weight[:, :16])):
+        filter = kernel.lstm_filter(part)
+        found = kernel.conv_lstm(x, *(state or (None, None)), filter, bias, 24)
+        doubles = None if state is None else tuple(t.double() for t in state)
+        expected = conv_lstm.conv_lstm_cell(x.double(), doubles, part.double(), bias.double())
+        for a, e in zip(found, expected):
+            assert error(a, e) <= bound, (dtype, error(a, e))
+            assert (a.dtype, a.stride()) == (
+                dtype,
+                torch.empty_like(a, memory_format=channels_last).stride(),
+            )
+    op, states = ops._winograd_cuda_conv_lstm, [t.contiguous(memory_format=channels_last)
+                                                for t in (hidden, cell)]  # fmt: skip
+    u = kernel.lstm_filter(weight)[0]
+    opcheck(op.default, (x, *states, u, bias.float(), 24, strict),
+            test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+    refuses("hidden and cell must be channels_last", op, x, hidden, None, u, None, 24, strict)
+    refuses("made for other channels", op, x, None, None, u, None, 24, strict)
+    refuses("channels must be even", op, x, None, None, u, None, 23, strict)
+
+
+def check_residual_block(tile):
+    """SAPNet's, whose convolutions are emulated: the first sums its output, the second gates it."""
+    block = sapnet(stages=1).eval().res_conv2
+    x = torch.randn(1, 32, 9, 14).contiguous(memory_format=channels_last)
+    chosen, calls = functional.inference_kernel, []
+
+    class Watched(Kernel):
+        def forward_mean(self, input, gate, *arguments):
+            calls.append(gate is not None)
+            return super().forward_mean(input, gate, *arguments)
+
+    functional.inference_kernel = lambda *arguments: Watched("cuda", tile, True)
+    try:
+        with torch.no_grad():
+            y = block(x)
+    finally:
+        functional.inference_kernel = chosen
+    exact = pywino.restore_(copy.deepcopy(block)).double()(x.double()).detach()
+    assert calls == [False, True]
+    assert error(y, exact) <= 3e-6, error(y, exact)
+
+
 def check_cell(dtype, bound, last):
     gates = torch.randn(2, 20, 6, 7).to(dtype)
     cell, grad_hidden, grad_cell = (torch.randn(2, 5, 6, 7).to(dtype) for _ in range(3))
@@ -331,6 +443,7 @@ def check_csr(x, weight, bias, bound, last, *where):
 for last in (True, False):
     for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)):
         check_attention(dtype, bound, last)
+        check_known_mean(dtype, bound, last)
         check_cell(dtype, bound, last)
         for c in (16, 11):
             check_masked(dtype, bound, last, c)
@@ -348,10 +461,20 @@ for strict, dtype, bound in (
     (False, torch.float16, 3e-4),
 ):
     check_forward(1, strict, dtype, bound, True, k=16)
+    rounding = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(dtype, 0)  # of relu(gate x)
+    check_mean(1, strict, dtype, bound + rounding, True)
+    check_conv_lstm(dtype, strict, 2 * bound + rounding)
+for last in (True, False):
+    check_mean(2, False, torch.bfloat16, 2.6e-3, last)
+    check_mean(4, False, torch.float16, 2e-3, last, d=2)
+    check_mean(4, True, torch.float32, 2.5e-6, last, k=300)
+    check_mean(6, True, torch.float32, 7e-6, last)
 for d in (8, 16):  # also beyond the image
     check_forward(1, False, torch.bfloat16, 2.5e-3, True, k=16, d=d)
     check_forward(2, False, torch.bfloat16, 2.6e-3, True, d=d)
     check_forward(4, True, torch.float32, 2.5e-6, False, d=d)
+for tile in (1, 4):
+    check_residual_block(tile)
 check_winograd_relu()
 for last in (True, False):
     check_domain(torch.float32, True, 2.5e-6, last)

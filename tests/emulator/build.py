@@ -132,7 +132,10 @@ def compile_kernel(source, mode="fast", defines=(), changed=None):
         raise RuntimeError(reason)
     source = (ROOT / source).resolve()
     folders = {*CSRC.rglob("*"), *source.parent.iterdir(), *HERE.iterdir()}
-    headers = contents(path for path in folders if path.suffix in (".h", ".cuh"))
+    # Kernels are included, too, and the host code that runs them in order.
+    headers = contents(
+        path for path in folders if path.suffix in (".h", ".cuh", ".cu") or path.name == "cuda.cpp"
+    )
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS[mode], *(f"-D{define}" for define in defines)]
     changes = sorted((changed or {}).items())
     key = digest(compiler(), flags, source, source.read_bytes(), *headers, changes)

@@ -111,7 +111,8 @@ def partial_of(case):
     return Workspace(4 * case.n * case.c * parts)
 
 
-def check_forward(kernel, case, **how):
+def check_forward(kernel, case, whole=False, **how):
+    """`whole`: in one launch, an image a block."""
     tensors = Tensors(case)
     output = np.empty_like(tensors.layout(tensors.input))
     mean, gate = (np.empty((case.n, case.c), np.float32) for _ in range(2))
@@ -123,9 +124,11 @@ def check_forward(kernel, case, **how):
         "output": Out(output),
         "mean": Out(mean),
         "gate": Out(gate),
-        "partial": partial_of(case),
+        "known": None,
+        "partial": None if whole else partial_of(case),
         "relu": c_bool(case.relu),
         "residual_relu": c_bool(case.relu),
+        "whole": c_bool(whole),
     }
     kernel.call("pywino_channel_attention_forward", Struct(fields), None, **how)
     x, *layers, residual = tensors.exact("input", "w1", "w2", "w3", "b1", "b2", "residual")
@@ -137,7 +140,43 @@ def check_forward(kernel, case, **how):
     assert_close(tensors.back(output), y.squeeze(3).numpy(), case.dtype)
 
 
-def check_backward(kernel, case, **how):
+def check_known_mean(kernel, case, **how):
+    """The gate of means that are there already, then what it makes of the tensor."""
+    tensors = Tensors(case)
+    x, *layers, residual = tensors.exact("input", "w1", "w2", "w3", "b1", "b2", "residual")
+    z = x.mean((2, 3))
+    output = np.empty_like(tensors.layout(tensors.input))
+    gate = np.empty((case.n, case.c), np.float32)
+    fields = {
+        **shape_fields(case),
+        **tensors.layers(),
+        "input": None,
+        "residual": None,
+        "output": None,
+        "mean": None,
+        "gate": Out(gate),
+        "known": In(z.float().numpy()),
+        "partial": None,
+        "relu": c_bool(case.relu),
+        "residual_relu": c_bool(case.relu),
+        "whole": c_bool(False),
+    }
+    kernel.call("pywino_channel_attention_gate", Struct(fields), None, **how)
+    assert_close(gate, reference.gate(z, *layers).numpy())
+    fields |= {
+        "input": In(tensors.layout(tensors.input)),
+        "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
+        "output": Out(output),
+        "gate": In(gate),
+        "known": None,
+    }
+    kernel.call("pywino_channel_attention_apply", Struct(fields), None, **how)
+    activation = "relu" if case.relu else None
+    y = reference.channel_residual_attention(x, *layers, residual, activation, activation)
+    assert_close(tensors.back(output), y.squeeze(3).numpy(), case.dtype)
+
+
+def check_backward(kernel, case, whole=False, **how):
     tensors = Tensors(case)
     x, grad, *layers, b2 = tensors.exact("input", "grad", "w1", "w2", "w3", "b1", "b2")
     mean = x.mean((2, 3)).float()
@@ -154,8 +193,9 @@ def check_backward(kernel, case, **how):
         "relu": c_bool(case.relu),
         "input_gradient": Out(gradient),
         "logit_gradient": Out(du),
-        "partial": partial_of(case),
-        "shift": Out(shift),
+        "partial": None if whole else partial_of(case),
+        "shift": None if whole else Out(shift),
+        "whole": c_bool(whole),
     }
     kernel.call("pywino_channel_attention_backward", Struct(fields), None, **how)
     activation = "relu" if case.relu else None
@@ -165,19 +205,57 @@ def check_backward(kernel, case, **how):
     assert_close(tensors.back(gradient), by_input.squeeze(3).numpy(), case.dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", [check_forward, check_backward])
+WHOLE = {
+    "whole_forward": functools.partial(check_forward, whole=True),
+    "whole_backward": functools.partial(check_backward, whole=True),
+}
+CHECKS = {f.__name__: f for f in (check_forward, check_known_mean, check_backward)} | WHOLE
+# 16 bytes at a time over the ends of rows.
+ROWS = [
+    Case(n=2, c=6, pixels=12, channels_last=False, dtype="bf16", relu=True, residual=True),
+    Case(n=2, c=12, pixels=6, hidden=3, bias=True),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *ROWS], ids=str)
+@pytest.mark.parametrize("check", CHECKS)
 def test_channel_attention(emulate, run, check, case):
     mode, schedule = run
-    check(emulate(SOURCE, mode), case, schedule=schedule)
+    if check in WHOLE:  # the emulator counts what all kernels of a file have in static memory
+        case = case._replace(pixels=min(case.pixels, 400))
+    CHECKS[check](emulate(SOURCE, mode), case, schedule=schedule)
+
+
+def test_what_fits_into_a_block(emulate):
+    """The emulator's GPU has 227 KB for a block, as an H200 does: 14 x 14 x 512 halves with SE's
+    hidden layer fit, and the gradient's second tensor does not."""
+    kernel = emulate(SOURCE, "fast")
+
+    def fits(tensors, **sizes):
+        found = np.zeros(1, np.int64)
+        case = Case(n=1, **sizes)
+        kernel.call("attention_whole", Struct(shape_fields(case)), case.hidden, tensors, Out(found))
+        return bool(found[0])
+
+    sizes = {"c": 512, "pixels": 14 * 14, "hidden": 32}
+    assert fits(1, **sizes)
+    assert not fits(2, **sizes)
+    assert fits(2, **sizes | {"pixels": 7 * 7})
+    assert not fits(1, **sizes | {"dtype": "f32"})
+    assert not fits(1, **sizes | {"pixels": 17 * 14})
 
 
 MUTATE = [
     Recipe(
         CSRC / "core" / "channel_attention" / "cuda.cu",
         [
+            functools.partial(check, case=case._replace(pixels=min(case.pixels, 400)))
+            for check in WHOLE.values()
+            for case in [*CASES, *ROWS]
+        ]
+        + [
             functools.partial(check, case=case)
-            for check in (check_forward, check_backward)
+            for check in (check_forward, check_known_mean, check_backward)
             for case in CASES
         ],
     )

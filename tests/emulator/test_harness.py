@@ -105,6 +105,16 @@ def test_a_header_can_be_changed_as_well():
     assert y[0] == 1  # and not 1 + 2^-10, of which the change drops the last bit
 
 
+def test_a_kernel_that_is_included_is_seen_to_change(tmp_path):
+    """rooms.cu includes the project's kernels: a change of one makes another library."""
+    (tmp_path / "whole.cu").write_text('#include "part.cu"\n')
+    names = []
+    for value in (1, 2):
+        (tmp_path / "part.cu").write_text(f'extern "C" int value() {{ return {value}; }}\n')
+        names.append(compile_kernel(tmp_path / "whole.cu").name)
+    assert names[0] != names[1]
+
+
 def test_a_hanging_kernel_is_stopped():
     text = COLLECTIVES.read_text().replace("while (atomicAdd(&turn, 0) != warp)", "while (true)")
     with (

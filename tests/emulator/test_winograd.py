@@ -14,6 +14,7 @@ from emulator.build import CSRC, HERE
 from emulator.harness import EmulatorError, In, InOut, Out, Struct, Workspace, bf16, from_bf16
 from emulator.mutate import Recipe
 
+from pywino.reference import conv_lstm as lstm
 from pywino.reference import winograd as reference
 
 SOURCE = HERE / "kernels" / "rooms.cu"
@@ -240,6 +241,7 @@ def run_transform(kernel, tensors, first, count, gradient=False, peaks=None, ima
         "v": Out(v),
         "scale": Out(scale) if by_tile else None,
         "peaks": None if peaks is None else In(peaks),
+        "gate": None,
     }
     launch(kernel, "input_transform", fields, images, **how)
     return v, scale
@@ -353,6 +355,7 @@ def run_output(kernel, tensors, m, tile_scale, filter_scale, first, images=None,
         "bias": In(tensors.bias) if case.bias else None,
         "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
         "output": InOut(y),
+        "partial": None,
     }
     launch(kernel, "output_transform", fields, images, **how)
     return tensors.back(y)
@@ -780,10 +783,22 @@ def convolution(tensors):
     return np.maximum(y, 0) if case.relu else y
 
 
-def run_forward(kernel, tensors, limit=256 << 20, **how):
+NO_CELL = {"second": None, "second_c": c_int64(0), "cell": None, "next_cell": None}
+
+
+def extra_fields(gate, mean, partial_bytes):
+    """A gate and the means of one image, in the kernels' params."""
+    fields = {"gate": In(gate) if gate is not None else None}
+    fields["mean"] = Out(mean) if mean is not None else None
+    return fields | {"partial": Workspace(partial_bytes) if mean is not None else None}
+
+
+def run_forward(kernel, tensors, limit=256 << 20, gate=None, mean=None, **how):
     case = tensors.case
     u, filter_scale = run_filter(kernel, tensors, **how)
     tiles, nbytes = workspace_of(kernel, case, limit)
+    floats = np.zeros(1, np.int64)
+    kernel.call("winograd_mean_floats", Struct(geometry_fields(case)), tiles, InOut(floats))
     y = empty(tensors.layout(tensors.residual).shape, case.dtype)
     fields = {
         **geometry_fields(case),
@@ -798,6 +813,7 @@ def run_forward(kernel, tensors, limit=256 << 20, **how):
         "output": Out(y),
         "workspace": Workspace(nbytes),
         "chunk": c_int64(tiles),
+        **extra_fields(gate, mean, 4 * int(floats[0])),
     }
     kernel.call("winograd_forward", Struct(fields), None, **how)
     return tensors.back(y), tiles
@@ -1014,7 +1030,7 @@ DIRECT_BOUND = {
 }
 
 
-def run_direct(kernel, tensors, u=None, **how):
+def run_direct(kernel, tensors, u=None, gate=None, mean=None, **how):
     case = tensors.case
     if u is None:
         u, _ = run_filter(kernel, tensors, tile=1, **how)
@@ -1032,6 +1048,8 @@ def run_direct(kernel, tensors, u=None, **how):
         "bias": In(tensors.bias) if case.bias else None,
         "residual": In(tensors.layout(tensors.residual)) if case.residual else None,
         "output": Out(y),
+        **extra_fields(gate, mean, 4 * case.k * math.ceil(math.prod(case.out) / 128)),
+        **NO_CELL,
     }
     kernel.call("pywino_winograd_direct", Struct(fields), None, **how)
     return tensors.back(y)
@@ -1047,6 +1065,143 @@ def check_direct(kernel, case, u=None, **how):
 def test_direct(emulate, run, case):
     mode, schedule = run
     check_direct(emulate(SOURCE, mode), case, schedule=schedule)
+
+
+# One image, with a gate for its channels and the means of the output's: blocks with several tiles
+# and tiles with several blocks, launches in parts, each type.
+MEANS = [
+    Case(c=20, h=21, w=30, k=32, bias=True, residual=False),
+    Case(c=33, h=9, w=14, k=528, tile=2, dtype="bf16", residual=False),
+    Case(c=5, h=11, w=7, k=261, dtype="f32", domain="f32", channels_last=False, residual=False),
+    Case(c=7, h=23, w=9, k=6, tile=6, dtype="f32", domain="f32", residual=False),
+    Case(c=12, h=19, w=26, k=9, dilation=3, padding=3, dtype="f32", tile=2, residual=False),
+]
+DIRECT_MEANS = [
+    Case(c=32, h=19, w=23, k=32, residual=False),
+    Case(c=72, h=13, w=9, k=70, padding=2, dilation=2, dtype="bf16", residual=False),
+    Case(c=20, h=13, w=19, k=13, dtype="f32", domain="f32", residual=False),
+    Case(c=36, h=13, w=19, k=150, dtype="f32", residual=False, bias=False),
+]
+
+
+def check_gate_and_mean(kernel, case, gated=True, limit=256 << 20, direct=False, **how):
+    """relu(gate input) is convolved, and the output's means are those of its float32 numbers."""
+    tensors = Tensors(case)
+    random = np.random.default_rng(case.k)
+    gate = random.uniform(0.1, 1, case.c).astype(np.float32) if gated else None
+    mean = np.empty(case.k, np.float32)
+    if direct:
+        u = direct_filter(tensors)
+        y = run_direct(kernel, tensors, u, gate=gate, mean=mean, **how)
+        bound = DIRECT_BOUND[case.domain, case.dtype]
+    else:
+        y, _ = run_forward(kernel, tensors, limit, gate=gate, mean=mean, **how)
+        bound = BOUND[case.domain, case.dtype, case.tile]
+    exact = Tensors(case)
+    if gated:
+        product = decode(tensors.input) * gate.astype(float)[:, None, None]
+        exact.input = np.maximum(product, 0)
+        # The direct kernel rounds relu(gate input) to the tensors' type before it multiplies.
+        bound = bound + (2 * HALF_ULP[case.dtype] if direct and case.dtype != "f32" else 0)
+    expected = convolution(exact)
+    assert error(y, expected) <= bound
+    means = expected.mean((2, 3))[0]
+    # A mean of numbers with a relative error of `bound`.
+    assert np.abs(mean - means).max() <= bound * np.abs(expected).mean((0, 2, 3)).max()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("case", MEANS, ids=str)
+def test_gate_and_mean(emulate, run, case, gated):
+    mode, schedule = run
+    check_gate_and_mean(emulate(SOURCE, mode), case, gated, schedule=schedule)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("case", DIRECT_MEANS, ids=str)
+def test_direct_gate_and_mean(emulate, run, case, gated):
+    mode, schedule = run
+    check_gate_and_mean(emulate(SOURCE, mode), case, gated, direct=True, schedule=schedule)
+
+
+def test_mean_in_parts(emulate):
+    """Sums of several launches meet in one mean."""
+    case = Case(c=16, h=60, w=70, k=20, residual=False)
+    check_gate_and_mean(emulate(SOURCE, "fast"), case, limit=36 * 128 * 40 * 2 + 2048)
+
+
+class Cell(NamedTuple):
+    """A step of a convolutional LSTM: input's channels, the state's."""
+
+    n: int = 1
+    c: int = 8
+    h: int = 9
+    w: int = 15
+    state: int = 16
+    dtype: str = "f16"
+    strict: bool = False
+    bias: bool = True
+    first: bool = False  # the first step: h and c are zeros, and are not there
+
+
+CELLS = [
+    Cell(),
+    Cell(n=2, c=32, h=11, w=13, state=40, dtype="bf16", bias=False),
+    Cell(c=64, state=8, first=True),
+    Cell(c=12, h=7, w=20, state=36, dtype="f32", strict=True),
+    Cell(n=2, c=4, state=4, dtype="f32"),
+]
+
+
+def check_cell(kernel, case, **how):
+    """Gates that are never written: against float64, with the errors of the direct kernel."""
+    random = np.random.default_rng(case.c)
+    draw = lambda *size: encode(random.standard_normal(size), case.dtype)  # noqa: E731
+    n, c, h, w, k = case.n, case.c, case.h, case.w, case.state
+    channels = c if case.first else c + k
+    x, hidden, cell = draw(n, h, w, c), draw(n, h, w, k), draw(n, h, w, k)
+    weight = encode(random.standard_normal((4, k, channels, 9)) / (9 * c) ** 0.5, case.dtype)
+    bias = random.standard_normal((4, k)).astype(np.float32)
+    u = np.ascontiguousarray(weight.transpose(3, 1, 0, 2).reshape(9, 4 * k, channels))
+    out, next_cell = (np.empty_like(cell) for _ in range(2))
+    sizes = (n, h, w, c, h, w, 4 * k, 4 * k)
+    fields = {
+        **{f"size{i}": c_int64(v) for i, v in enumerate(sizes)},
+        **{f"pad{i}": c_int(1) for i in range(2)},
+        **{f"dil{i}": c_int(1) for i in range(2)},
+        "dtype": c_int(DTYPES[case.dtype]),
+        "strict": c_bool(case.strict),
+        "relu": c_bool(False),
+        "input": In(x),
+        "u": In(u),
+        "bias": In(np.ascontiguousarray(bias.T)) if case.bias else None,
+        "residual": None,
+        "output": Out(out),
+        **extra_fields(None, None, 0),
+        "second": None if case.first else In(hidden),
+        "second_c": c_int64(0 if case.first else k),
+        "cell": None if case.first else In(cell),
+        "next_cell": Out(next_cell),
+    }
+    kernel.call("pywino_winograd_direct", Struct(fields), None, **how)
+    images = [torch.from_numpy(decode(t).transpose(0, 3, 1, 2)) for t in (x, hidden, cell)]
+    exact = lstm.conv_lstm_cell(
+        images[0],
+        None if case.first else tuple(images[1:]),
+        torch.from_numpy(decode(weight).reshape(4 * k, channels, 3, 3)),
+        torch.from_numpy(bias.reshape(-1).astype(float)) if case.bias else None,
+    )
+    domain = "f32" if case.strict else "f16"
+    # A gate's derivative is at most 1, and each state is rounded once.
+    bound = 2 * DIRECT_BOUND[domain, case.dtype] + HALF_ULP[case.dtype]
+    for actual, expected in zip((out, next_cell), exact):
+        assert error(actual.transpose(0, 3, 1, 2), expected.numpy()) <= bound
+
+
+@pytest.mark.parametrize("case", CELLS, ids=str)
+def test_direct_with_a_cell(emulate, run, case):
+    mode, schedule = run
+    check_cell(emulate(SOURCE, mode), case, schedule=schedule)
 
 
 def direct_filter(tensors):
@@ -1074,6 +1229,7 @@ MUTATE = [
                 if case.domain == "f16" or not by_channel
             ),
             *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
+            *(functools.partial(check_gate_and_mean, case=c) for c in MEANS),
         ],
         headers=[CORE / "cuda_transforms.cu", CORE / "cuda_nchw.cu"],
     ),
@@ -1105,6 +1261,14 @@ MUTATE = [
     ),
     Recipe(
         CORE / "cuda_direct.cu",
-        [functools.partial(check_direct, case=c, u=direct_filter(Tensors(c))) for c in DIRECT],
+        [
+            *(functools.partial(check_direct, case=c, u=direct_filter(Tensors(c))) for c in DIRECT),
+            *(
+                functools.partial(check_gate_and_mean, case=c, direct=True, gated=gated)
+                for c in DIRECT_MEANS
+                for gated in (False, True)
+            ),
+            *(functools.partial(check_cell, case=c) for c in CELLS),
+        ],
     ),
 ]

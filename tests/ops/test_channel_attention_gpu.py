@@ -17,6 +17,7 @@ BACKENDS = ("cuda", "triton")
 # One rounding to the tensors' dtype; in fp32 sums of up to 150,000 numbers and a sigmoid.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SUMS = 3e-6  # of the largest number
+# The second is too large for a block's shared memory.
 SHAPES = [(4, 64, 8, 8), (2, 32, 321, 481), (3, 5, 7, 3), (2, 300, 14, 14)]
 
 
@@ -67,6 +68,28 @@ def test_forward_and_kernels_of_the_gradient(backend, shape, dtype, last):
     )
     assert_close(dx, by_input)
     assert_close(du, by_logit)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_known_mean(dtype):
+    """What a convolution has summed spares a reading; the gate alone is one kernel."""
+    x, w1, w2, w3, residual = tensors((1, 32, 121, 81), dtype, True)
+    needs("cuda", x)
+    mean = x.float().mean((2, 3))
+    with torch.no_grad():
+        y = pywino.channel_residual_attention(
+            x, w1, w2, w3, activation="relu", residual=residual, residual_activation="relu",
+            mean=mean,
+        )  # fmt: skip
+    doubles = [t.double() for t in (x, w1, w2, w3)]
+    assert_close(
+        y,
+        reference.channel_residual_attention(
+            *doubles, residual=residual.double(), activation="relu", residual_activation="relu"
+        ),
+    )
+    gate = ops.gate(mean, w1, w2, w3, None, None)
+    assert_close(gate, reference.gate(mean.double(), *doubles[1:]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

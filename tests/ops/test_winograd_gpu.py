@@ -163,6 +163,32 @@ def test_tf32_mode(backend):
     assert 1e-5 < error(y, F.conv2d(x.double(), weight.double(), None, 1, 1)) <= 7e-4
 
 
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gate_and_mean(algorithm, dtype, channels_last):
+    shape = (1, 64, 61, 53, 32, 2, 2)
+    x, weight, bias = tensors(shape, dtype, channels_last)
+    needs("cuda", algorithm, x, weight, 2, 2)
+    gate = torch.rand(1, 64, device="cuda")
+    layer = pywino.DilatedConv2d(
+        64, 32, 3, padding=2, dilation=2, backend="cuda", algorithm=algorithm
+    )
+    layer = layer.to("cuda", dtype).eval()
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        for g in (None, gate):
+            y, mean = layer.with_mean(x, g)
+            gated = x.double() if g is None else (x * g[:, :, None, None].double()).relu()
+            expected = F.conv2d(gated, weight.double(), bias.double(), 1, 2, 2)
+            bound = 2 * BOUNDS[dtype, algorithm] + torch.finfo(dtype).eps
+            assert error(y, expected) <= bound
+            assert error(mean, expected.mean((2, 3))) <= 10 * bound
+            assert y.stride() == layer(x).stride()
+            assert torch.equal(mean, layer.with_mean(x, g)[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_every_time(backend):
     x, weight, _ = tensors(SHAPES[4], torch.float16, True)

@@ -418,6 +418,49 @@ def test_command(folder, tmp_path):
     assert run(*line, "--resume").exit_code == 0
 
 
+V1 = ("--dilation", 1) * 5
+# The flags of docs/sapnet.md, and what comes of them: attention, dilation, terms.
+ABLATIONS = {
+    "Model1": (("--attention", "none", *V1), (None, V1, "ssim")),
+    "Model2": (("--attention", "none", *V1), (None, V1, "ssim urss")),
+    "Model3": (("--attention", "none", *V1), (None, V1, "ssim urss edge")),
+    "Model4": (("--attention", "cra", *V1), ("cra", V1, "ssim urss edge")),
+    "M1": ((*V1, "--schedule", "constant"), ("cra", V1, "ssim")),
+    "M2": ((*V1, "--schedule", "constant"), ("cra", V1, "ssim ubs")),
+    "M3": ((*V1, "--schedule", "constant"), ("cra", V1, "ssim ubs pcl")),
+    "M4": (("--schedule", "constant"), ("cra", (), "ssim ubs pcl")),
+    "M5": ((), ("cra", (), "ssim ubs pcl")),
+    "Ours": ((), ("cra", (), "ssim ubs pcl lpisl")),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_train(folder, tmp_path, monkeypatch, name):
+    """Two steps of each, the networks of the losses replaced by small ones."""
+
+    class Small(torch.nn.Module):
+        def __init__(self, *arguments, **options):
+            super().__init__()
+
+        def forward(self, restored, clean, degraded):
+            return (restored - clean).square().mean()
+
+    for loss in ("SegmentationLoss", "PerceptualContrastiveLoss", "PerceptualSimilarityLoss"):
+        monkeypatch.setattr(losses, loss, Small)
+    flags, (attention, dilation, terms) = ABLATIONS[name]
+    flags = (*flags, *(f"--loss={term}" for term in terms.split()), "--trunk=t", "--vgg=v")
+    result = run("--data", folder, "--out", tmp_path / "run", *SMALL, *flags)
+    assert result.exit_code == 0, result.output
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert {key for key in row if key.endswith("_loss")} == {f"{t}_loss" for t in terms.split()}
+    found = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert found["schedule"] == ("constant" if "constant" in flags else "steps")
+    assert found["dilation"] == ([1] * 5 if dilation else [1, 2, 4, 8, 16])
+    own = sapnet(attention, found["dilation"], weights=tmp_path / "run" / "last.safetensors")
+    before = sapnet(attention).state_dict()
+    assert own.state_dict().keys() == before.keys()
+
+
 def test_command_on_pairs(tmp_path):
     for i in range(4):
         for kind in ("rain", "norain"):

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Channel (residual) attention: three launches each way.
+// Channel (residual) attention: one launch each way where a block's shared memory has an image, else three.
 //
-// Bytes of an element of e bytes: forward 3 e (x twice, y) and e of a residual, backward 5 e (x and dY twice, dX); the second
-// reading of a tensor that the second-level cache holds costs little, so the last pixels are read first. One multiplication
-// each: the limit is memory.
+// Bytes of an element of e bytes: in one launch forward 2 e (x, y) and e of a residual, backward 3 e (x, dY, dX). In three 3 e
+// (x twice) and 5 e (x and dY twice); the second reading of a tensor that the second-level cache holds costs little, so the
+// last pixels are read first. One multiplication each: the limit is memory.
 #include "cuda.h"
 
 #include <algorithm>
@@ -66,6 +66,17 @@ struct OfChannels {
 };
 
 __device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN stays
+
+__device__ inline int lane_of() { return int(threadIdx.x) % 32; }
+__device__ inline int warp_of() { return int(threadIdx.x) / 32; }
+__device__ inline int warps() { return int(blockDim.x) / 32; }
+
+// The same in all lanes.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
 
 // The gradient of x g, of that of act(x g).
 __device__ inline float behind_relu(float grad, float x, float gate, bool masked) {
@@ -136,10 +147,8 @@ __device__ inline float total(const float* partial, int64_t image, int64_t c, in
 template <class T>
 __device__ float dot(const T* a, const float* x, int64_t count) {
   float sum = 0.f;
-  for (int64_t i = threadIdx.x % 32; i < count; i += 32) sum += to_float(a[i]) * x[i];
-#pragma unroll
-  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  return sum;
+  for (int64_t i = lane_of(); i < count; i += 32) sum += to_float(a[i]) * x[i];
+  return warp_sum(sum);
 }
 
 template <class T>
@@ -147,36 +156,80 @@ __device__ float bias_of(const void* bias, int64_t i) {
   return bias ? to_float(static_cast<const T*>(bias)[i]) : 0.f;
 }
 
+// relu(W1 z + b1), by the warps of a block; they meet at its end.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gate(Shape shape, Layers layers, const float* partial,
-                                                 int64_t parts, float* mean, float* gates) {
-  PYWINO_DYNAMIC_SHARED(float, z);
-  float* h = z + shape.c;
-  const int64_t blocks = (shape.c + kChannels - 1) / kChannels;
-  const int64_t image = blockIdx.x / blocks, first = blockIdx.x % blocks * kChannels;
-  const int64_t end = first + kChannels < shape.c ? first + kChannels : shape.c;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-
-  for (int64_t c = threadIdx.x; c < shape.c; c += kThreads)
-    z[c] = total(partial, image, c, shape.c, parts) / float(shape.pixels);
-  __syncthreads();
-  for (int64_t r = warp; r < layers.hidden; r += kWarps) {
-    const float x = dot(static_cast<const T*>(layers.w1) + r * shape.c, z, shape.c);
-    if (lane == 0) h[r] = relu(x + bias_of<T>(layers.b1, r));
+__device__ void hidden_layer(const Layers& layers, int64_t channels, const float* z, float* h) {
+  const T* w1 = static_cast<const T*>(layers.w1);
+  for (int64_t r = warp_of(); r < layers.hidden; r += warps()) {
+    const float x = dot(w1 + r * channels, z, channels);
+    if (lane_of() == 0) h[r] = relu(x + bias_of<T>(layers.b1, r));
   }
   __syncthreads();
-  for (int64_t c = first + warp; c < end; c += kWarps) {
-    float u = dot(static_cast<const T*>(layers.w2) + c * layers.hidden, h, layers.hidden);
-    if (layers.w3) u += dot(static_cast<const T*>(layers.w3) + c * shape.c, z, shape.c);
-    u += bias_of<T>(layers.b2, c);
-    if (lane == 0) {
-      mean[image * shape.c + c] = z[c];
-      gates[image * shape.c + c] = 1.f / (1.f + expf(-u));
+}
+
+// g of a channel, the same in all lanes of a warp.
+template <class T>
+__device__ float gate_of(const Layers& layers, int64_t channels, const float* z, const float* h,
+                         int64_t c) {
+  float u = dot(static_cast<const T*>(layers.w2) + c * layers.hidden, h, layers.hidden);
+  if (layers.w3) u += dot(static_cast<const T*>(layers.w3) + c * channels, z, channels);
+  return 1.f / (1.f + expf(-u - bias_of<T>(layers.b2, c)));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gate(Shape shape, Layers layers, const float* partial, int64_t parts, float pixels, float* mean,
+         float* gates) {
+  PYWINO_DYNAMIC_SHARED(float, z);
+  float* h = z + shape.c;
+  const unsigned blocks = unsigned(shape.c + kChannels - 1) / kChannels;
+  const int64_t image = blockIdx.x / blocks, first = int64_t(blockIdx.x % blocks) * kChannels;
+  const int64_t end = first + kChannels < shape.c ? first + kChannels : shape.c;
+
+  for (int64_t c = threadIdx.x; c < shape.c; c += kThreads)
+    z[c] = total(partial, image, c, shape.c, parts) / pixels;
+  __syncthreads();
+  hidden_layer<T>(layers, shape.c, z, h);
+  for (int64_t c = first + warp_of(); c < end; c += kWarps) {
+    const float g = gate_of<T>(layers, shape.c, z, h, c);
+    if (lane_of() == 0) {
+      if (mean) mean[image * shape.c + c] = z[c];
+      gates[image * shape.c + c] = g;
     }
   }
 }
 
-// du = g (1 - g) (sum of D x), dz = W3^T du + W1^T ((W2^T du) . (W1 z + b1 > 0))
+// (W2^T du) . (W1 z + b1 > 0), by the warps of a block; they meet at its end.
+template <class T>
+__device__ void hidden_gradient(const Layers& layers, int64_t channels, const float* z,
+                                const float* du, float* dh) {
+  const T* w1 = static_cast<const T*>(layers.w1);
+  const T* w2 = static_cast<const T*>(layers.w2);
+  for (int64_t r = warp_of(); r < layers.hidden; r += warps()) {
+    const float x = dot(w1 + r * channels, z, channels) + bias_of<T>(layers.b1, r);
+    float sum = 0.f;
+    for (int64_t c = lane_of(); c < channels; c += 32)
+      sum += to_float(w2[c * layers.hidden + r]) * du[c];
+    sum = warp_sum(sum);
+    if (lane_of() == 0) dh[r] = x > 0.f ? sum : 0.f;
+  }
+  __syncthreads();
+}
+
+// A share of a channel's dz = W3^T du + W1^T dh: every `shares`-th product.
+template <class T>
+__device__ float mean_gradient(const Layers& layers, int64_t channels, const float* du,
+                               const float* dh, int64_t c, int64_t share, int64_t shares) {
+  const T* w1 = static_cast<const T*>(layers.w1);
+  const T* w3 = static_cast<const T*>(layers.w3);
+  float dz = 0.f;
+  for (int64_t r = share; r < layers.hidden; r += shares)
+    dz += to_float(w1[r * channels + c]) * dh[r];
+  if (w3)
+    for (int64_t k = share; k < channels; k += shares) dz += to_float(w3[k * channels + c]) * du[k];
+  return dz;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gate_gradient(Shape shape, Layers layers, const float* partial, int64_t parts,
@@ -187,36 +240,17 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float share[kThreads];
   const int64_t blocks = (shape.c + kChannels - 1) / kChannels;
   const int64_t image = blockIdx.x / blocks, first = blockIdx.x % blocks * kChannels;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const T* w1 = static_cast<const T*>(layers.w1);
-  const T* w2 = static_cast<const T*>(layers.w2);
-  const T* w3 = static_cast<const T*>(layers.w3);
-  const float* z = mean + image * shape.c;
 
   for (int64_t c = threadIdx.x; c < shape.c; c += kThreads) {
     const float g = gates[image * shape.c + c];
     du[c] = g * (1.f - g) * total(partial, image, c, shape.c, parts);
   }
   __syncthreads();
-  for (int64_t r = warp; r < layers.hidden; r += kWarps) {
-    const float x = dot(w1 + r * shape.c, z, shape.c) + bias_of<T>(layers.b1, r);
-    float sum = 0.f;
-    for (int64_t c = lane; c < shape.c; c += 32) sum += to_float(w2[c * layers.hidden + r]) * du[c];
-#pragma unroll
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (lane == 0) dh[r] = x > 0.f ? sum : 0.f;
-  }
-  __syncthreads();
+  hidden_gradient<T>(layers, shape.c, mean + image * shape.c, du, dh);
   const int64_t c = first + threadIdx.x % kChannels;
   const int64_t of_share = threadIdx.x / kChannels;
   float dz = 0.f;
-  if (c < shape.c) {
-    for (int64_t r = of_share; r < layers.hidden; r += kShares)
-      dz += to_float(w1[r * shape.c + c]) * dh[r];
-    if (w3)
-      for (int64_t k = of_share; k < shape.c; k += kShares)
-        dz += to_float(w3[k * shape.c + c]) * du[k];
-  }
+  if (c < shape.c) dz = mean_gradient<T>(layers, shape.c, du, dh, c, of_share, kShares);
   share[threadIdx.x] = dz;
   __syncthreads();
   if (of_share == 0 && c < shape.c) {
@@ -248,25 +282,29 @@ __device__ void for_units(const Shape& shape, Value&& value) {
   }
 }
 
+// y at a place, of x g.
+template <class T, int V>
+__device__ void write_output(const Forward& p, int64_t at, Channels<V> y) {
+  if (p.relu)
+#pragma unroll
+    for (int e = 0; e < V; ++e) y.x[e] = relu(y.x[e]);
+  if (p.residual) {
+    y = y + load_channels<T, V>(static_cast<const T*>(p.residual) + at);
+    if (p.residual_relu)
+#pragma unroll
+      for (int e = 0; e < V; ++e) y.x[e] = relu(y.x[e]);
+  }
+  store_channels(static_cast<T*>(p.output) + at, y);
+}
+
 template <class T, int V, bool kLast>
 __global__ void __launch_bounds__(kThreads) apply(Forward p) {
-  const T* input = static_cast<const T*>(p.input);
-  const T* residual = static_cast<const T*>(p.residual);
   for_units<V, kLast>(p.shape, [&](int64_t at, int64_t c, int64_t image) {
     const auto g = OfChannels<V, kLast>::load(p.gate + image * p.shape.c, c);
-    Channels<V> y = load_channels<T, V>(input + at);
+    Channels<V> y = load_channels<T, V>(static_cast<const T*>(p.input) + at);
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      y.x[e] *= g.at(e);
-      if (p.relu) y.x[e] = relu(y.x[e]);
-    }
-    if (residual) {
-      y = y + load_channels<T, V>(residual + at);
-      if (p.residual_relu)
-#pragma unroll
-        for (int e = 0; e < V; ++e) y.x[e] = relu(y.x[e]);
-    }
-    store_channels(static_cast<T*>(p.output) + at, y);
+    for (int e = 0; e < V; ++e) y.x[e] *= g.at(e);
+    write_output<T, V>(p, at, y);
   });
 }
 
@@ -286,6 +324,170 @@ __global__ void __launch_bounds__(kThreads) apply_gradient(Backward p) {
   });
 }
 
+// --- one launch: a block has an image in its shared memory
+//
+//   | x | dY, backward | z or du: c | h or dh: hidden | g, or g and dz / pixels: c or 2 c | sums of shares |
+//
+// The image is copied as it lies, 16 bytes at a time whatever its layout, and so it is written.
+
+constexpr int kWholeThreads = 1024;  // at most
+
+// Numbers of a tensor in shared memory, rounded up to whole 16 bytes.
+template <class T>
+__host__ __device__ int64_t kept_numbers(const Shape& s) {
+  constexpr int64_t kWide = 16 / sizeof(T);
+  return (s.c * s.pixels + kWide - 1) / kWide * kWide;
+}
+
+// Floats of the shares of channel_sums: of all channels, or of a warp's 32 for each warp.
+__host__ __device__ inline int64_t share_floats(const Shape& s) {
+  return s.c > kWholeThreads ? s.c : kWholeThreads;
+}
+
+// The channels of V numbers that lie side by side in an image, one after the other.
+template <bool kLast>
+struct Walk {
+  int c, rest, length;
+  __device__ Walk(const Shape& s, int at)
+      : c(kLast ? at % int(s.c) : at / int(s.pixels)),
+        rest(kLast ? 0 : at % int(s.pixels)),
+        length(kLast ? int(s.c) : int(s.pixels)) {}
+  __device__ int next() {
+    const int channel = c;
+    if constexpr (kLast) {
+      c = c + 1 == length ? 0 : c + 1;
+    } else if (++rest == length) {
+      rest = 0;
+      ++c;
+    }
+    return channel;
+  }
+};
+
+// f(place in an image) for every V numbers.
+template <int V, class Function>
+__device__ void for_image(const Shape& s, Function&& f) {
+  const int numbers = int(s.c * s.pixels);
+  for (int at = int(threadIdx.x) * V; at < numbers; at += int(blockDim.x) * V) f(at);
+}
+
+template <class T, int V>
+__device__ void fetch(const Shape& s, const void* tensor, T* kept) {
+  const T* image = static_cast<const T*>(tensor) + int64_t(blockIdx.x) * s.c * s.pixels;
+  for_image<V>(s, [&](int at) {
+    if constexpr (V == 1)
+      kept[at] = image[at];
+    else
+      ptx::cp_async_16(ptx::shared_address(kept + at), image + at, 16);
+  });
+}
+
+__device__ inline void wait_for_fetched() {
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  __syncthreads();
+}
+
+// sums[c] of value(place, c) over the pixels. channels_last: a lane has a channel, and warps share the pixels of 32 channels;
+// their sums are added in one order. Else a warp has a channel.
+template <bool kLast, class Value>
+__device__ void channel_sums(const Shape& s, float* shares, float* sums, Value&& value) {
+  const int channels = int(s.c), pixels = int(s.pixels);
+  if constexpr (kLast) {
+    const int groups = (channels + 31) / 32, count = warps() > groups ? warps() / groups : 1;
+    for (int task = warp_of(); task < groups * count; task += warps()) {
+      const int c = task % groups * 32 + lane_of(), share = task / groups;
+      if (c >= channels) continue;
+      float sum = 0.f;
+      for (int p = share; p < pixels; p += count) sum += value(p * channels + c, c);
+      shares[share * channels + c] = sum;
+    }
+    __syncthreads();
+    for (int c = int(threadIdx.x); c < channels; c += int(blockDim.x)) {
+      float sum = 0.f;
+      for (int share = 0; share < count; ++share) sum += shares[share * channels + c];
+      sums[c] = sum;
+    }
+  } else {
+    for (int c = warp_of(); c < channels; c += warps()) {
+      float sum = 0.f;
+      for (int p = lane_of(); p < pixels; p += 32) sum += value(c * pixels + p, c);
+      sum = warp_sum(sum);
+      if (lane_of() == 0) sums[c] = sum;
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, int V, bool kLast>
+__global__ void __launch_bounds__(kWholeThreads, 1) whole(Forward p) {
+  PYWINO_DYNAMIC_SHARED(T, x);
+  const Shape& s = p.shape;
+  float* z = reinterpret_cast<float*>(x + kept_numbers<T>(s));
+  float* h = z + s.c;
+  float* g = h + p.layers.hidden;
+  const int64_t image = blockIdx.x;
+
+  fetch<T, V>(s, p.input, x);
+  wait_for_fetched();
+  channel_sums<kLast>(s, g + s.c, z, [&](int at, int) { return to_float(x[at]); });
+  for (int64_t c = threadIdx.x; c < s.c; c += blockDim.x)
+    p.mean[image * s.c + c] = z[c] = z[c] / float(s.pixels);
+  __syncthreads();
+  hidden_layer<T>(p.layers, s.c, z, h);
+  for (int64_t c = warp_of(); c < s.c; c += warps()) {
+    const float gate = gate_of<T>(p.layers, s.c, z, h, c);
+    if (lane_of() == 0) p.gate[image * s.c + c] = g[c] = gate;
+  }
+  __syncthreads();
+  for_image<V>(s, [&](int at) {
+    Walk<kLast> channel(s, at);
+    Channels<V> y = load_channels<T, V>(x + at);
+#pragma unroll
+    for (int e = 0; e < V; ++e) y.x[e] *= g[channel.next()];
+    write_output<T, V>(p, image * s.c * s.pixels + at, y);
+  });
+}
+
+template <class T, int V, bool kLast>
+__global__ void __launch_bounds__(kWholeThreads, 1) whole_gradient(Backward p) {
+  PYWINO_DYNAMIC_SHARED(T, x);
+  const Shape& s = p.shape;
+  T* grad = x + kept_numbers<T>(s);
+  float* du = reinterpret_cast<float*>(grad + kept_numbers<T>(s));
+  float* dh = du + s.c;
+  float* g = dh + p.layers.hidden;
+  float* shift = g + s.c;
+  const int64_t image = blockIdx.x;
+
+  fetch<T, V>(s, p.input, x);
+  fetch<T, V>(s, p.grad, grad);
+  for (int64_t c = threadIdx.x; c < s.c; c += blockDim.x) g[c] = p.gate[image * s.c + c];
+  wait_for_fetched();
+  channel_sums<kLast>(s, shift + s.c, du, [&](int at, int c) {
+    const float number = to_float(x[at]);
+    return behind_relu(to_float(grad[at]), number, g[c], p.relu) * number;
+  });
+  for (int64_t c = threadIdx.x; c < s.c; c += blockDim.x)
+    p.logit_gradient[image * s.c + c] = du[c] = g[c] * (1.f - g[c]) * du[c];
+  __syncthreads();
+  hidden_gradient<T>(p.layers, s.c, p.mean + image * s.c, du, dh);
+  for (int64_t c = threadIdx.x; c < s.c; c += blockDim.x)
+    shift[c] = mean_gradient<T>(p.layers, s.c, du, dh, c, 0, 1) / float(s.pixels);
+  __syncthreads();
+  for_image<V>(s, [&](int at) {
+    Walk<kLast> channel(s, at);
+    const Channels<V> number = load_channels<T, V>(x + at);
+    Channels<V> d = load_channels<T, V>(grad + at);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const int c = channel.next();
+      d.x[e] = behind_relu(d.x[e], number.x[e], g[c], p.relu) * g[c] + shift[c];
+    }
+    store_channels(static_cast<T*>(p.input_gradient) + image * s.c * s.pixels + at, d);
+  });
+}
+
 // --- launches
 
 template <class E>
@@ -293,10 +495,10 @@ struct Type {
   using type = E;
 };
 
-// f(element type, V, channels_last): 16 bytes at a time where every unit is aligned and whole.
+// f(element type, V, channels_last): 16 bytes at a time where every unit of so many numbers side by side is aligned and whole.
 template <class Function>
-void with_units(const Shape& s, std::initializer_list<const void*> tensors, Function f) {
-  const int64_t contiguous = s.channels_last ? s.c : s.pixels;
+void with_units(const Shape& s, int64_t contiguous, std::initializer_list<const void*> tensors,
+                Function f) {
   const auto as = [&](auto element) {
     using T = typename decltype(element)::type;
     constexpr int kWide = 16 / int(sizeof(T));
@@ -331,12 +533,71 @@ dim3 gate_blocks(const Shape& s) {
   return dim3(unsigned(s.n * ((s.c + kChannels - 1) / kChannels)));
 }
 
-// Numbers of all channels and of the hidden layer, in dynamic shared memory.
+// Numbers side by side: of a pixel or of a channel.
+int64_t row_of(const Shape& s) { return s.channels_last ? s.c : s.pixels; }
+
 template <class Kernel>
-int shared_bytes(Kernel kernel, const Shape& s, const Layers& layers, int& bytes) {
-  bytes = int((s.c + layers.hidden) * int64_t(sizeof(float)));
+int allow_shared(Kernel kernel, int64_t bytes) {
   return int(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+// Of the two small layers: numbers of all channels and of the hidden layer.
+int64_t gate_bytes(const Shape& s, const Layers& layers) {
+  return (s.c + layers.hidden) * int64_t(sizeof(float));
+}
+
+int64_t whole_bytes(const Shape& s, int64_t hidden, int tensors) {
+  const int64_t image =
+      s.dtype == DType::f32 ? kept_numbers<float>(s) * 4 : kept_numbers<__half>(s) * 2;
+  const int64_t floats = (1 + tensors) * s.c + hidden + share_floats(s);
+  return tensors * image + floats * int64_t(sizeof(float));
+}
+
+// Four 16-byte pieces a thread, and no more threads than that takes.
+int whole_threads(int64_t bytes) {
+  int threads = 128;
+  while (threads < kWholeThreads && threads * 64 < bytes) threads *= 2;
+  return threads;
+}
+
+// g from partial sums of so many parts, over so many pixels.
+int launch_gate(const Forward& p, const float* partial, int64_t parts, float pixels,
+                cudaStream_t on) {
+  int error = 0;
+  with_units(p.shape, 1, {}, [&](auto element, auto, auto) {
+    using T = typename decltype(element)::type;
+    const int64_t bytes = gate_bytes(p.shape, p.layers);
+    if ((error = allow_shared(gate<T>, bytes))) return;
+    PYWINO_LAUNCH((gate<T>), gate_blocks(p.shape), dim3(kThreads), int(bytes), on, p.shape,
+                  p.layers, partial, parts, pixels, p.mean, p.gate);
+  });
+  return error;
+}
+
+void launch_apply(const Forward& p, cudaStream_t on) {
+  with_units(p.shape, row_of(p.shape), {p.input, p.residual, p.output},
+             [&](auto element, auto width, auto last) {
+               using T = typename decltype(element)::type;
+               constexpr int V = decltype(width)::value;
+               PYWINO_LAUNCH((apply<T, V, decltype(last)::value>), apply_blocks(p.shape, V),
+                             dim3(kThreads), 0, on, p);
+             });
+}
+
+// `whole` or `whole_gradient`, as instance(element type, V, channels_last) names it.
+template <class Params, class Instance>
+int launch_whole(const Params& p, int tensors, std::initializer_list<const void*> moved,
+                 cudaStream_t on, Instance instance) {
+  const Shape& s = p.shape;
+  const int64_t bytes = whole_bytes(s, p.layers.hidden, tensors);
+  int error = 0;
+  with_units(s, s.c * s.pixels, moved, [&](auto element, auto width, auto last) {
+    const auto kernel = instance(element, width, last);
+    if ((error = allow_shared(kernel, bytes))) return;
+    PYWINO_LAUNCH((kernel), dim3(unsigned(s.n)), dim3(whole_threads(bytes)), int(bytes), on, p);
+  });
+  return error ? error : int(cudaGetLastError());
 }
 
 }  // namespace
@@ -346,48 +607,73 @@ int64_t parts_of(const Shape& s) {
   return std::clamp<int64_t>(s.c * s.pixels / kNumbers, 1, 64);
 }
 
+bool has_whole(const Shape& s, int64_t hidden, int tensors) {
+  int device = 0, bytes = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+             cudaSuccess &&
+         whole_bytes(s, hidden, tensors) <= bytes;
+}
+
 extern "C" int pywino_channel_attention_forward(const Forward* params, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const Forward p = *params;
+  if (p.whole)
+    return launch_whole(p, 1, {p.input, p.residual, p.output}, on,
+                        [](auto element, auto width, auto last) {
+                          using T = typename decltype(element)::type;
+                          return whole<T, decltype(width)::value, decltype(last)::value>;
+                        });
   const int64_t parts = parts_of(p.shape);
-  int error = 0;
-  with_units(p.shape, {p.input, p.residual, p.output}, [&](auto element, auto width, auto last) {
+  with_units(p.shape, row_of(p.shape), {p.input}, [&](auto element, auto width, auto last) {
     using T = typename decltype(element)::type;
     constexpr int V = decltype(width)::value;
-    constexpr bool kLast = decltype(last)::value;
     const T *grad = nullptr, *input = static_cast<const T*>(p.input);
     const float* gates = nullptr;
-    PYWINO_LAUNCH((sums<T, V, kLast>), sums_blocks(p.shape, V), dim3(kThreads), 0, on, p.shape,
-                  grad, input, gates, false, p.partial, parts);
-    int bytes;
-    if ((error = shared_bytes(gate<T>, p.shape, p.layers, bytes))) return;
-    PYWINO_LAUNCH((gate<T>), gate_blocks(p.shape), dim3(kThreads), bytes, on, p.shape, p.layers,
-                  p.partial, parts, p.mean, p.gate);
-    PYWINO_LAUNCH((apply<T, V, kLast>), apply_blocks(p.shape, V), dim3(kThreads), 0, on, p);
+    PYWINO_LAUNCH((sums<T, V, decltype(last)::value>), sums_blocks(p.shape, V), dim3(kThreads), 0,
+                  on, p.shape, grad, input, gates, false, p.partial, parts);
   });
-  return error ? error : int(cudaGetLastError());
+  if (const int error = launch_gate(p, p.partial, parts, float(p.shape.pixels), on)) return error;
+  launch_apply(p, on);
+  return int(cudaGetLastError());
+}
+
+extern "C" int pywino_channel_attention_gate(const Forward* p, void* stream) {
+  if (const int error = launch_gate(*p, p->known, 1, 1.f, static_cast<cudaStream_t>(stream)))
+    return error;
+  return int(cudaGetLastError());
+}
+
+extern "C" int pywino_channel_attention_apply(const Forward* p, void* stream) {
+  launch_apply(*p, static_cast<cudaStream_t>(stream));
+  return int(cudaGetLastError());
 }
 
 extern "C" int pywino_channel_attention_backward(const Backward* params, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const Backward p = *params;
+  const std::initializer_list<const void*> moved = {p.input, p.grad, p.input_gradient};
+  if (p.whole)
+    return launch_whole(p, 2, moved, on, [](auto element, auto width, auto last) {
+      using T = typename decltype(element)::type;
+      return whole_gradient<T, decltype(width)::value, decltype(last)::value>;
+    });
   const int64_t parts = parts_of(p.shape);
   int error = 0;
-  with_units(
-      p.shape, {p.input, p.grad, p.input_gradient}, [&](auto element, auto width, auto last) {
-        using T = typename decltype(element)::type;
-        constexpr int V = decltype(width)::value;
-        constexpr bool kLast = decltype(last)::value;
-        const T *grad = static_cast<const T*>(p.grad), *input = static_cast<const T*>(p.input);
-        PYWINO_LAUNCH((sums<T, V, kLast>), sums_blocks(p.shape, V), dim3(kThreads), 0, on, p.shape,
-                      grad, input, p.gate, p.relu, p.partial, parts);
-        int bytes;
-        if ((error = shared_bytes(gate_gradient<T>, p.shape, p.layers, bytes))) return;
-        PYWINO_LAUNCH((gate_gradient<T>), gate_blocks(p.shape), dim3(kThreads), bytes, on, p.shape,
-                      p.layers, p.partial, parts, p.mean, p.gate, p.logit_gradient, p.shift);
-        PYWINO_LAUNCH((apply_gradient<T, V, kLast>), apply_blocks(p.shape, V), dim3(kThreads), 0,
-                      on, p);
-      });
+  with_units(p.shape, row_of(p.shape), moved, [&](auto element, auto width, auto last) {
+    using T = typename decltype(element)::type;
+    constexpr int V = decltype(width)::value;
+    constexpr bool kLast = decltype(last)::value;
+    const T *grad = static_cast<const T*>(p.grad), *input = static_cast<const T*>(p.input);
+    PYWINO_LAUNCH((sums<T, V, kLast>), sums_blocks(p.shape, V), dim3(kThreads), 0, on, p.shape,
+                  grad, input, p.gate, p.relu, p.partial, parts);
+    const int64_t bytes = gate_bytes(p.shape, p.layers);
+    if ((error = allow_shared(gate_gradient<T>, bytes))) return;
+    PYWINO_LAUNCH((gate_gradient<T>), gate_blocks(p.shape), dim3(kThreads), int(bytes), on, p.shape,
+                  p.layers, p.partial, parts, p.mean, p.gate, p.logit_gradient, p.shift);
+    PYWINO_LAUNCH((apply_gradient<T, V, kLast>), apply_blocks(p.shape, V), dim3(kThreads), 0, on,
+                  p);
+  });
   return error ? error : int(cudaGetLastError());
 }
 

@@ -186,15 +186,28 @@ struct Gemm : GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN> {
   __device__ static int row_of(int i) { return int(threadIdx.x) / 8 + i * (kThreads / 8); }
   __device__ static int chunk_of() { return int(threadIdx.x) % 8; }
 
+  struct AsTheyLie {
+    __device__ void operator()(int, int, uint32_t (&)[FM][4]) const {}
+  };
+
   // load(iteration, stage address) issues the cp.async copies of one stage: A's rows first, B's at stage + BM * kRowBytes.
-  template <class Load>
-  __device__ void run(uint32_t shared, int iterations, Load&& load) {
+  // change(iteration, step, fragments) may change A's fragments of a step of k before they are multiplied.
+  template <class Load, class Change = AsTheyLie>
+  __device__ void run(uint32_t shared, int iterations, Load&& load, Change&& change = {}) {
+    int iteration = 0;
     pipeline<kStages, kStageBytes>(
-        iterations, [&](int iteration, int stage) { load(iteration, shared + stage); },
-        [&](int stage) { this->add([&](Sums& sums) { multiply(sums, shared + stage); }); });
+        iterations, [&](int filled, int stage) { load(filled, shared + stage); },
+        [&](int stage) {
+          this->add([&](Sums& sums) {
+            multiply(sums, shared + stage,
+                     [&](int step, uint32_t (&a)[FM][4]) { change(iteration, step, a); });
+          });
+          ++iteration;
+        });
   }
 
-  __device__ static void multiply(Sums& d, uint32_t stage) {
+  template <class Change>
+  __device__ static void multiply(Sums& d, uint32_t stage, Change&& change) {
     const int m = Base::warp_m(), n = Base::warp_n();
 #pragma unroll
     for (int step = 0; step < kRowBytes / 32; ++step) {
@@ -203,6 +216,7 @@ struct Gemm : GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN> {
 #pragma unroll
       for (int i = 0; i < FM; ++i)
         ptx::ldmatrix_x4(a[i], stage + offset(m + i * 16 + lane() % 16, step * 2 + lane() / 16));
+      change(step, a);
 #pragma unroll
       for (int j = 0; j < FN / 2; ++j)
         ptx::ldmatrix_x4(

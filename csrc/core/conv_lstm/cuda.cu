@@ -9,6 +9,7 @@
 
 #include "../common/channels.cuh"
 #include "../common/launch.cuh"
+#include "../common/lstm.cuh"
 
 namespace pywino::conv_lstm::cuda {
 namespace {
@@ -20,9 +21,7 @@ __host__ __device__ inline int64_t inner_of(const Shape& s) {
   return s.channels_last ? s.c : s.c * s.pixels;
 }
 
-__device__ inline float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
-
-// i, f, g, o of V numbers; a_i begins at `gates`.
+// a_i, a_f, a_g, a_o of V numbers; a_i begins at `gates`.
 template <int V>
 struct Gates {
   Channels<V> i, f, g, o;
@@ -32,15 +31,8 @@ struct Gates {
       : i(load_channels<T, V>(gates)),
         f(load_channels<T, V>(gates + inner)),
         g(load_channels<T, V>(gates + 2 * inner)),
-        o(load_channels<T, V>(gates + 3 * inner)) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      i.x[e] = sigmoid(i.x[e]);
-      f.x[e] = sigmoid(f.x[e]);
-      g.x[e] = tanhf(g.x[e]);
-      o.x[e] = sigmoid(o.x[e]);
-    }
-  }
+        o(load_channels<T, V>(gates + 3 * inner)) {}
+  __device__ LstmNumber at(int e) const { return {i.x[e], f.x[e], g.x[e], o.x[e]}; }
 };
 
 template <class T, int V>
@@ -54,8 +46,9 @@ __global__ void __launch_bounds__(kThreads) cell(ForwardParams p) {
   if (p.cell) c = load_channels<T, V>(static_cast<const T*>(p.cell) + at);
 #pragma unroll
   for (int e = 0; e < V; ++e) {
-    c.x[e] = a.f.x[e] * c.x[e] + a.i.x[e] * a.g.x[e];
-    h.x[e] = a.o.x[e] * tanhf(c.x[e]);
+    const LstmNumber number = a.at(e);
+    c.x[e] = number.next_cell(c.x[e]);
+    h.x[e] = number.hidden(c.x[e]);
   }
   store_channels(static_cast<T*>(p.next_cell) + at, c);
   store_channels(static_cast<T*>(p.hidden) + at, h);
@@ -74,8 +67,9 @@ __global__ void __launch_bounds__(kThreads) cell_gradient(BackwardParams p) {
   if (p.cell) c = load_channels<T, V>(static_cast<const T*>(p.cell) + at);
 #pragma unroll
   for (int n = 0; n < V; ++n) {
-    const float i = a.i.x[n], f = a.f.x[n], g = a.g.x[n], o = a.o.x[n];
-    const float t = tanhf(f * c.x[n] + i * g);
+    const LstmNumber number = a.at(n);
+    const auto [i, f, g, o] = number;
+    const float t = tanhf(number.next_cell(c.x[n]));
     const float e = dc.x[n] + dh.x[n] * o * (1.f - t * t);
     di.x[n] = e * g * i * (1.f - i);
     df.x[n] = e * c.x[n] * f * (1.f - f);

@@ -80,6 +80,13 @@ int64_t sum_floats(const Geometry& g, Domain domain) {
          padded(g.input.c);
 }
 
+int64_t mean_floats(const Geometry& g, int64_t chunk) {
+  // A block has 256 channels at most of a tile, or several tiles.
+  const int64_t least = std::max<int64_t>(1, 256 / g.out_channels), count = tiles_of(g).count;
+  const int64_t launches = (count + chunk - 1) / chunk;
+  return launches * ((chunk + least - 1) / least) * g.out_channels;
+}
+
 namespace {
 
 // V of the input.
@@ -119,6 +126,7 @@ int forward(const Forward& f, void* stream, const Zeros* zeros) {
   InputTransform input = input_transform_of(g, f.domain, f.input, v);
   input.relu = f.winograd_relu;
   input.scale = scale;
+  input.gate = f.gate;
   const Tiles& tiles = input.tiles;
 
   Product product{};
@@ -144,16 +152,21 @@ int forward(const Forward& f, void* stream, const Zeros* zeros) {
   output.residual = f.residual;
   output.output = f.output;
 
+  Means means{0, g.out_channels, g.out_h() * g.out_w(), f.partial, f.mean};
   for (int64_t first = 0; first < tiles.count; first += f.chunk) {
     input.first = output.first = first;
     input.count = product.tiles = output.count = std::min(f.chunk, tiles.count - first);
+    if (f.mean) {
+      output.partial = f.partial + means.parts * means.channels;
+      means.parts += sum_parts(output);
+    }
     if (const int error = pywino_winograd_input_transform(&input, stream)) return error;
     if (const int error = zeros ? pywino_winograd_sparse_product(&product, zeros, stream)
                                 : pywino_winograd_product(&product, stream))
       return error;
     if (const int error = pywino_winograd_output_transform(&output, stream)) return error;
   }
-  return 0;
+  return f.mean ? pywino_winograd_means(&means, stream) : 0;
 }
 
 int weight_gradient(const WeightGradient& f, void* stream) {

@@ -60,6 +60,8 @@ struct InputTransform {
   float* scale;  // count powers of two that undo the tiles' scaling; unused by Domain::f32
   // max |input| of each channel: then the powers are of channels, not of tiles, over which the weight gradient sums.
   const float* peaks;
+  const float*
+      gate;  // C numbers: what is transformed is relu(gate input); or nullptr. Of one image
 };
 
 struct Product {
@@ -110,6 +112,8 @@ struct OutputTransform {
   const float* bias;          // K, or nullptr
   const void* residual;       // like the output, or nullptr
   void* output;
+  float*
+      partial;  // sum_parts() x K: sums of the output over a block's tiles, of one image; or nullptr
 };
 
 // dW = G^T S G of the sum over all splits.
@@ -158,6 +162,13 @@ struct FilterTransform {
   float* scale;  // K, or nullptr: no scaling
 };
 
+// mean[c] of partial sums [part][c], in the order of the parts' shares.
+struct Means {
+  int64_t parts, channels, pixels;
+  const float* partial;
+  float* mean;
+};
+
 // y = act(conv(x, w) + bias + residual), stride 1, 3 x 3, as one product over the nine taps. channels_last tensors whose
 // rows of C elements are multiples of 16 bytes.
 struct Direct {
@@ -172,6 +183,17 @@ struct Direct {
   const float* bias;
   const void* residual;
   void* output;
+  // Of one image, or nullptr each:
+  const float* gate;  // C numbers: what is convolved is relu(gate input)
+  float* mean;        // K: of the output's channels
+  float* partial;     // direct_parts() x K
+  // Where next_cell is there, one step of a convolutional LSTM of K / 4 channels, an even number: the output's channels are the
+  // gates i, f, g, o of the first channel, then those of the second ... (so are U's rows and the bias), and what is written is
+  // h' to `output` and c'.
+  const void* second;  // h, second_c channels behind those of the input, or nullptr
+  int64_t second_c;    // multiples of 16 bytes
+  const void* cell;    // c, or nullptr for zeros
+  void* next_cell;     // c'
 };
 
 inline bool has_tile(int64_t tile) { return tile == 2 || tile == 4 || tile == 6; }
@@ -196,7 +218,10 @@ struct Forward {
   const void* residual;
   void* output;
   void* workspace;
-  int64_t chunk;  // tiles_within()
+  int64_t chunk;      // tiles_within()
+  const float* gate;  // as Direct's
+  float* mean;
+  float* partial;  // mean_floats()
 };
 
 struct WeightGradient {
@@ -231,6 +256,12 @@ struct DomainInputGradient {
 PYWINO_API int64_t splits_of(const Geometry&, Domain);
 PYWINO_API int64_t sum_floats(const Geometry&, Domain);
 
+// The means of the output take a float for each block and channel: blocks of a launch, of the direct convolution, and at most
+// so many floats in all launches of a call.
+PYWINO_API int64_t sum_parts(const OutputTransform&);
+inline int64_t direct_parts(int64_t pixels) { return (pixels + 127) / 128; }
+PYWINO_API int64_t mean_floats(const Geometry&, int64_t chunk);
+
 // Each returns a cudaError_t, 0 where the launch went well.
 // zeros: of the filter, nullptr for a dense one.
 PYWINO_API int forward(const Forward&, void* stream, const Zeros* zeros = nullptr);
@@ -254,6 +285,7 @@ PYWINO_API int pywino_winograd_filter_gradient(const FilterGradient*, void* stre
 PYWINO_API int pywino_winograd_input_gradient(const InputGradient*, void* stream);
 PYWINO_API int pywino_winograd_output_transform(const OutputTransform*, void* stream);
 PYWINO_API int pywino_winograd_filter_transform(const FilterTransform*, void* stream);
+PYWINO_API int pywino_winograd_means(const Means*, void* stream);
 PYWINO_API int pywino_winograd_direct(const Direct*, void* stream);
 PYWINO_API const char* pywino_cuda_error(int error);
 // The newest CUDA that the driver runs (0: there is no driver), and the one in this library: 13000 is 13.0.

@@ -52,6 +52,7 @@ __device__ constexpr float tap_scale(int i, int j) {
 // up to a power of two.
 template <int M>
 struct Patches {  // of the input, by B^T (F2: 2 and 4; F4: 5.28 and 27.9; F6: 15 and 225)
+  static constexpr bool kGated = false;
   static constexpr int kTile = M, A = Transform<M>::A, kSize = A;
   static constexpr int kGrowth = M == 2 ? 2 : M == 4 ? 5 : 8;
   static constexpr int shift(int) { return 0; }
@@ -61,8 +62,13 @@ struct Patches {  // of the input, by B^T (F2: 2 and 4; F4: 5.28 and 27.9; F6: 1
   }
 };
 template <int M>
+struct GatedPatches : Patches<M> {  // of relu(gate input)
+  static constexpr bool kGated = true;
+};
+template <int M>
 struct
     OutputTiles {  // of the output's gradient, by A (F2: 2 and 4; F4: 8.125 and 66.02; F6: 63 and 3969)
+  static constexpr bool kGated = false;
   static constexpr int kTile = M, A = Transform<M>::A, kSize = M;
   static constexpr int kGrowth = M == 2 ? 2 : M == 4 ? 7 : 12;
   // A hexadecimal digit for each row, the first one on the right: a table would be memory where i is not constant.

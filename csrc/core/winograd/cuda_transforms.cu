@@ -11,6 +11,30 @@ namespace {
 
 // --- input transform
 
+// relu(g d) of a few channels, or d itself. Zeros around the image stay zero.
+template <int V, bool kGated>
+struct Gate {
+  __device__ Gate(const InputTransform&, int64_t) {}
+  __device__ Channels<V> apply(const Channels<V>& d) const { return d; }
+};
+template <int V>
+struct Gate<V, true> {
+  float g[V];
+
+  __device__ Gate(const InputTransform& p, int64_t c) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) g[e] = c + e < p.map.c ? p.gate[c + e] : 0.f;
+  }
+  __device__ Channels<V> apply(Channels<V> d) const {
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      d.x[e] *= g[e];
+      d.x[e] = d.x[e] < 0.f ? 0.f : d.x[e];  // NaN stays
+    }
+    return d;
+  }
+};
+
 // `warps_per_tile` warps share a tile: lane l of warp w has channels (w 32 + l) V to + V, then those one sweep further.
 // The f16 domain needs the tile's largest input before the first V is written, so it sweeps twice; the second time the
 // patch (A A C numbers) comes from the L1 cache. Where channels have scales, their peaks are given.
@@ -32,15 +56,17 @@ __global__ void __launch_bounds__(kThreads, From::kTile == 6 ? 1 : 2)
   if (kScaled && !p.peaks) {
     float top = 0.f;
     if (exists)
-      for (int64_t c = begin; c < p.map.c; c += sweep)
+      for (int64_t c = begin; c < p.map.c; c += sweep) {
+        const Gate<V, From::kGated> gate(p, c);
 #pragma unroll 1
         for (int i = 0; i < kSize; ++i)
 #pragma unroll
           for (int j = 0; j < kSize; ++j) {
-            const Channels<V> d = patch.at(i, j, c, true);
+            const Channels<V> d = gate.apply(patch.at(i, j, c, true));
 #pragma unroll
             for (int e = 0; e < V; ++e) top = fmaxf(top, fabsf(d.x[e]));
           }
+      }
 #pragma unroll
     for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
     if (lane == 0) largest[warp] = top;
@@ -56,12 +82,13 @@ __global__ void __launch_bounds__(kThreads, From::kTile == 6 ? 1 : 2)
   Out* v = static_cast<Out*>(p.v) + tile * p.channels;
   const int64_t tap = p.count * p.channels;
   for (int64_t c = begin; c < p.channels; c += sweep) {
+    const Gate<V, From::kGated> gate(p, c);
     Channels<V> columns[A][kSize];  // B^T d
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       Channels<V> d[kSize], o[A];
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) d[i] = patch.at(i, j, c, c < p.map.c);
+      for (int i = 0; i < kSize; ++i) d[i] = gate.apply(patch.at(i, j, c, c < p.map.c));
       From::transform(d, o);
 #pragma unroll
       for (int i = 0; i < A; ++i) columns[i][j] = o[i];
@@ -78,15 +105,10 @@ __global__ void __launch_bounds__(kThreads, From::kTile == 6 ? 1 : 2)
 
 // --- output transform
 
-// One thread has V neighbouring channels of a tile; neighbouring threads the next ones.
+// Writes V neighbouring channels of a tile, and returns their sums.
 template <int M, int V, class Out, class In>
-__global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform p) {
+__device__ Channels<V> output_tile(const OutputTransform& p, int64_t tile, int64_t k) {
   constexpr int A = Transform<M>::A;
-  const int64_t groups = (p.map.c + V - 1) / V;
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= p.count * groups) return;
-  const int64_t tile = index / groups, k = index % groups * V;
-
   const In* m = static_cast<const In*>(p.m) + tile * p.channels + k;
   const int64_t tap = p.count * p.channels;
   Channels<V> columns[M][A];  // A^T M
@@ -102,6 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform 
         std::is_same_v<In, __half> && exists ? p.tile_scale[tile] * p.filter_scale[k + e] : 1.f;
     bias.x[e] = p.bias && exists ? p.bias[k + e] : 0.f;
   }
+  Channels<V> sum = {};
   const Out* residual = static_cast<const Out*>(p.residual);
   Out* output = static_cast<Out*>(p.output);
 #pragma unroll
@@ -121,9 +144,69 @@ __global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform 
       if (p.relu)
 #pragma unroll
         for (int e = 0; e < V; ++e) o[j].x[e] = o[j].x[e] < 0.f ? 0.f : o[j].x[e];
+      sum = sum + o[j];
       store_channels<Out, V>(output + place, o[j]);
     }
   }
+  return sum;
+}
+
+// Where sums are wanted, a block has so many whole tiles of so many groups of V channels.
+struct Share {
+  int groups, tiles;
+  int64_t across;  // blocks for all groups
+};
+__host__ __device__ inline Share share_of(int64_t groups) {
+  const int own = groups < kThreads ? int(groups) : kThreads;
+  return {own, kThreads / own, (groups + own - 1) / own};
+}
+
+// One thread has V neighbouring channels of a tile; neighbouring threads the next ones.
+template <int M, int V, class Out, class In>
+__global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform p) {
+  __shared__ float sums[kThreads * V];
+  const int64_t groups = (p.map.c + V - 1) / V;
+  if (!p.partial) {
+    const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (index < p.count * groups) output_tile<M, V, Out, In>(p, index / groups, index % groups * V);
+    return;
+  }
+  const Share share = share_of(groups);
+  const int row = int(threadIdx.x) / share.groups, column = int(threadIdx.x) % share.groups;
+  const int64_t part = blockIdx.x / share.across, tile = part * share.tiles + row;
+  const int64_t k = (blockIdx.x % share.across * share.groups + column) * V;
+  Channels<V> sum = {};
+  if (row < share.tiles && tile < p.count && k < p.map.c)
+    sum = output_tile<M, V, Out, In>(p, tile, k);
+#pragma unroll
+  for (int e = 0; e < V; ++e) sums[threadIdx.x * V + e] = sum.x[e];
+  __syncthreads();
+  if (row > 0) return;
+  for (int r = 1; r < share.tiles; ++r)
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum.x[e] += sums[(r * share.groups + column) * V + e];
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    if (k + e < p.map.c) p.partial[part * p.map.c + k + e] = sum.x[e];
+}
+
+// A lane has a channel; warps share the parts, and their sums are added in one order.
+constexpr int kMeanThreads = 1024;
+
+__global__ void __launch_bounds__(kMeanThreads) means(Means p) {
+  __shared__ float shares[kMeanThreads];
+  const int64_t c = int64_t(blockIdx.x) * 32 + threadIdx.x % 32;
+  float sum = 0.f;
+  if (c < p.channels) {
+#pragma unroll 8
+    for (int64_t part = threadIdx.x / 32; part < p.parts; part += kMeanThreads / 32)
+      sum += p.partial[part * p.channels + c];
+  }
+  shares[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32 || c >= p.channels) return;
+  for (int share = 1; share < kMeanThreads / 32; ++share) sum += shares[share * 32 + threadIdx.x];
+  p.mean[c] = sum / float(p.pixels);
 }
 
 // --- filter transform
@@ -196,11 +279,26 @@ __global__ void __launch_bounds__(kThreads) filter_transform(FilterTransform p) 
   }
 }
 
+bool writes_pairs(const OutputTransform& p) {
+  return in_pairs(p.map, p.tiles.size, {p.residual, p.output});
+}
+
+// Groups of the channels that a thread has.
+int64_t groups_of(const OutputTransform& p) {
+  const bool pairs = writes_pairs(p);
+  return (p.map.c + pairs) / (1 + pairs);
+}
+
 }  // namespace
 
+int64_t sum_parts(const OutputTransform& p) {
+  const int64_t tiles = share_of(groups_of(p)).tiles;
+  return (p.count + tiles - 1) / tiles;
+}
+
 extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* stream) {
-  if (is_nchw(p->map)) return pywino_winograd_input_transform_nchw(p, stream);
-  const bool pairs = in_pairs(p->map, p->tiles.size, {p->input});
+  if (is_nchw(p->map) && !p->gate) return pywino_winograd_input_transform_nchw(p, stream);
+  const bool pairs = !p->gate && in_pairs(p->map, p->tiles.size, {p->input});
   int warps_per_tile = 1;
   while (warps_per_tile < kWarps && warps_per_tile * 32 * (pairs ? 2 : 1) < p->channels)
     warps_per_tile *= 2;
@@ -223,16 +321,24 @@ extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* st
                         warps_per_tile);
       });
     };
-    p->gradient ? launch_as(Type<OutputTiles<M>>{}) : launch_as(Type<Patches<M>>{});
+    if (p->gate)  // one channel a thread: a second one's gate would be too many registers
+      known &= with_types(p->dtype, p->domain, [&](auto in, auto out) {
+        PYWINO_LAUNCH((input_transform<GatedPatches<M>, 1, typename decltype(in)::type,
+                                       typename decltype(out)::type>),
+                      grid, dim3(kThreads), 0, on, *p, warps_per_tile);
+      });
+    else
+      p->gradient ? launch_as(Type<OutputTiles<M>>{}) : launch_as(Type<Patches<M>>{});
   });
   return int(known ? cudaGetLastError() : cudaErrorInvalidValue);
 }
 
 extern "C" int pywino_winograd_output_transform(const OutputTransform* p, void* stream) {
-  if (is_nchw(p->map)) return pywino_winograd_output_transform_nchw(p, stream);
-  const bool pairs = in_pairs(p->map, p->tiles.size, {p->residual, p->output});
-  const int64_t threads = p->count * ((p->map.c + pairs) / (1 + pairs));
-  const dim3 grid = blocks((threads + kThreads - 1) / kThreads);
+  if (is_nchw(p->map) && !p->partial) return pywino_winograd_output_transform_nchw(p, stream);
+  const bool pairs = writes_pairs(*p);
+  const int64_t groups = groups_of(*p);
+  const dim3 grid = blocks(p->partial ? sum_parts(*p) * share_of(groups).across
+                                      : (p->count * groups + kThreads - 1) / kThreads);
   bool known = true;
   known &= with_tile(p->tiles.size, [&](auto tile) {
     known &= with_types(p->dtype, p->domain, [&](auto out, auto in) {
@@ -247,6 +353,12 @@ extern "C" int pywino_winograd_output_transform(const OutputTransform* p, void* 
     });
   });
   return int(known ? cudaGetLastError() : cudaErrorInvalidValue);
+}
+
+extern "C" int pywino_winograd_means(const Means* p, void* stream) {
+  PYWINO_LAUNCH((means), blocks((p->channels + 31) / 32), dim3(kMeanThreads), 0,
+                static_cast<cudaStream_t>(stream), *p);
+  return int(cudaGetLastError());
 }
 
 extern "C" int pywino_winograd_filter_transform(const FilterTransform* p, void* stream) {

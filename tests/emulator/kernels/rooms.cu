@@ -31,8 +31,19 @@ extern "C" int winograd_product(const cuda::Product* p, int wgmma, void* stream)
   return error;
 }
 
+extern "C" int attention_whole(const pywino::channel_attention::Shape* shape, int64_t hidden,
+                               int tensors, int64_t* answer) {
+  answer[0] = pywino::channel_attention::cuda::has_whole(*shape, hidden, tensors);
+  return 0;
+}
+
 extern "C" int winograd_forward(const cuda::Forward* p, void* stream) {
   return cuda::forward(*p, stream);
+}
+
+extern "C" int winograd_mean_floats(const Geometry* g, int64_t chunk, int64_t* floats) {
+  floats[0] = cuda::mean_floats(*g, chunk);
+  return 0;
 }
 
 extern "C" int winograd_weight_gradient(const cuda::WeightGradient* p, void* stream) {
