@@ -103,10 +103,19 @@ class Sparse:
 
     spec: a pattern of `pywino.pruning` that each weight must have, or None for any.
     least: the part of a weight that must be zero; a layer with fewer zeros stays as it is.
+    gradients: of the weights: "all", or "kept": what is zero has none (`SparseConv2d`).
     """
 
     spec: Any = None
     least: float = 0.5
+    gradients: str = "all"
+
+    def __post_init__(self):
+        if self.gradients not in ("all", "kept"):
+            raise RuntimeError(
+                f"pywino.Sparse: gradients must be 'all' or 'kept', got {self.gradients!r}; "
+                "use 'all'"
+            )
 
 
 @dataclass(frozen=True)
@@ -367,13 +376,25 @@ def _refuse_sparse(conv: nn.Module, config: Sparse) -> str | None:
     return None
 
 
+def _make_sparse(conv: nn.Module, config: Sparse) -> SparseConv2d:
+    layer = SparseConv2d.from_dense(conv)
+    _update_sparse(layer, config)
+    return layer
+
+
+def _update_sparse(layer: SparseConv2d, config: Sparse) -> None:
+    layer.gradients = config.gradients
+
+
 register(
     Sparse,
     Handler(
         speaks_of=nn.Conv2d,
         layer=SparseConv2d,
         refuse=_refuse_sparse,
-        make=lambda conv, config: SparseConv2d.from_dense(conv),
+        make=_make_sparse,
+        matches=lambda layer, config: layer.gradients == config.gradients,
+        update=_update_sparse,
         quiet=True,
     ),
 )

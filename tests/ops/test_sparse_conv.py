@@ -702,8 +702,16 @@ def test_swap():
     reasons = [row.reason for row in pywino.swap.last_report(net)]
     assert "0% of its weights are zero, fewer than 50%" in reasons[0]
     assert "2 groups" in reasons[2]
+    assert net[1].gradients == "all"
+    pywino.swap_(net, pywino.Sparse(gradients="kept"))
+    assert net[1].gradients == "kept"
     pywino.restore_(net)
     assert type(net[1]) is nn.Conv2d
+    pywino.swap_(net, pywino.Sparse(gradients="kept"))
+    assert net[1].gradients == "kept"
+    with pytest.raises(RuntimeError, match="gradients must be 'all' or 'kept', got 'none'"):
+        pywino.Sparse(gradients="none")
+    pywino.restore_(net)
     pywino.swap_(net)  # every kernel that keeps the function
     assert [type(m).__name__ for m in net] == ["WinogradConv2d", "SparseConv2d", "Conv2d"]
     with pytest.raises(RuntimeError, match=r"1: its filter \d+ lacks the pattern of NM"):
