@@ -87,7 +87,7 @@ class Kernel(NamedTuple):
 
     def gives_mean(self, input):
         """Whether `forward_mean` takes this input."""
-        if len(input) != 1 or self.winograd_relu:
+        if len(input) != 1 or not self._spatial:
             return False
         return self.backend == "cuda" or (
             self.backend == "cpu" and backends.is_channels_last(input)
