@@ -10,6 +10,7 @@ from gpu.calls import LAYOUTS, MODES
 from layers import Layer
 
 import pywino
+from pywino import backends
 from pywino.models import sapnet
 from pywino.testing import relative_l2
 
@@ -21,8 +22,14 @@ LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def candidates(layer: Layer, kind: str, mode: str, layout: str, device: str) -> list[str]:
-    # Compiling takes a C++ compiler and Triton, and long; the dry run has no time for it.
-    return [] if kind == COMPILED and device == "cpu" else ["layers"]
+    sizes = (layer.n, layer.c, layer.h, layer.w, layer.k)
+    last = layout == "channels_last"
+    call = backends.Call("winograd_conv2d", *sizes, (1, 1), (1, 1), MODES[mode][0], last, device)
+    # Without kernels of ours both sides would be PyTorch's. Compiling takes a C++ compiler and
+    # Triton, and long; the dry run has no time for it.
+    if not backends.covers(call) or (kind == COMPILED and device == "cpu"):
+        return []
+    return ["layers"]
 
 
 def networks(layer: Layer, kind: str, mode: str, layout: str, device: str):
