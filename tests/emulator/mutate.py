@@ -71,7 +71,9 @@ def mutants(text):
         for match in re.compile(pattern).finditer(text, begin, end):
             line_start = text.rfind("\n", 0, match.start()) + 1
             before = text[line_start : match.start()]
-            if "//" in before or before.lstrip().startswith(("#", "static_assert")):
+            if "//" in text[line_start : match.end()]:
+                continue
+            if before.lstrip().startswith(("#", "static_assert")):
                 continue
             new = replacement(match) if callable(replacement) else match.expand(replacement)
             mutated = text[: match.start()] + new + text[match.end() :]

@@ -210,10 +210,13 @@ def run_filter(kernel, tensors, tile=None, rotate=False, **how):
     return u, scale
 
 
-def launch(kernel, stage, fields, images, **how):
-    """A launcher's call; with so many images before the tensor, where `images` is a number."""
+def launch(kernel, stage, fields, images, nchw=False, **how):
+    """A launcher's call; with so many images before the tensor, where `images` is a number; nchw:
+    the launcher of cuda_nchw.cu itself."""
     if images is None:
-        kernel.call(f"pywino_winograd_{stage}", Struct(fields), None, **how)
+        kernel.call(
+            f"pywino_winograd_{stage}{'_nchw' if nchw else ''}", Struct(fields), None, **how
+        )
     else:
         kernel.call(f"winograd_far_{stage}", Struct(fields), images, None, **how)
 
@@ -1213,7 +1216,22 @@ def direct_filter(tensors):
 
 
 # For mutate.py: each file, by what it is tested with.
+NCHW = [case for case in CASES if not case.channels_last]
 MUTATE = [
+    Recipe(
+        CORE / "cuda_nchw.cu",
+        [
+            *(functools.partial(check_output_transform, case=c, nchw=True) for c in NCHW),
+            *(
+                functools.partial(
+                    check_transform, case=c, gradient=g, by_channel=by_channel, nchw=True
+                )
+                for c in NCHW
+                for g, by_channel in TRANSFORMS
+                if c.domain == "f16" or not by_channel
+            ),
+        ],
+    ),
     Recipe(
         HERE / "kernels" / "transforms.cu",
         [
@@ -1231,7 +1249,7 @@ MUTATE = [
             *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
             *(functools.partial(check_gate_and_mean, case=c) for c in MEANS),
         ],
-        headers=[CORE / "cuda_transforms.cu", CORE / "cuda_nchw.cu"],
+        headers=[CORE / "cuda_transforms.cu"],
     ),
     Recipe(
         CORE / "cuda_product.cu",
