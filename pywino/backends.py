@@ -175,17 +175,13 @@ def _winograd_cuda(call, algorithm):
     if algorithm not in ("auto", "direct", *TILES):
         return f"it has direct, f2, f4 and f6, not {algorithm}"
     if algorithm == "direct":
-        if call.op.startswith(("winograd_relu_conv2d", "winograd_domain_conv2d")):
-            return "a weight in the Winograd domain has no direct convolution"
-        if call.op.endswith("_backward_weight"):
-            return "it has f2, f4 and f6 for this gradient, not direct"
+        if (reason := _direct_gpu(call)) is not None:
+            return reason
         c = call.k if call.op.endswith("_backward_input") else call.c
         if not call.channels_last:
             return "its direct kernel reads channels_last tensors"
         if c * call.dtype.itemsize % 16:
             return f"its direct kernel reads pixels of whole 16 bytes, not {c} channels"
-        if call.n * max(call.h * call.w, math.prod(call.output_size)) >= 2**31:
-            return "its direct kernel counts pixels in 31 bits"
     return _winograd(call) or _workspace(call, algorithm)
 
 
@@ -193,8 +189,10 @@ def _winograd_triton(call, algorithm):
     reason = _no_triton(call)
     if reason is not None:
         return reason
-    if algorithm not in ("auto", *TILES):
-        return f"it has f2, f4 and f6, not {algorithm}"
+    if algorithm not in ("auto", "direct", *TILES):
+        return f"it has direct, f2, f4 and f6, not {algorithm}"
+    if algorithm == "direct":
+        return _direct_gpu(call) or _winograd(call)
     return _winograd(call) or _workspace(call, algorithm)
 
 
@@ -213,6 +211,15 @@ def _workspace(call, algorithm):
         f"{algorithm} of {call.c} and {call.k} channels takes {nbytes >> 20} MB for the least part "
         f"of the call, more than the limit of {WORKSPACE_LIMIT >> 20} MB; take a smaller tile"
     )
+
+
+def _direct_gpu(call):
+    """What no direct kernel of a GPU covers."""
+    if call.op.startswith(("winograd_relu_conv2d", "winograd_domain_conv2d")):
+        return "a weight in the Winograd domain has no direct convolution"
+    if call.op.endswith("_backward_weight"):
+        return "it has f2, f4 and f6 for this gradient, not direct"
+    return _counts_pixels(call, math.prod(call.output_size))
 
 
 def _winograd(call):

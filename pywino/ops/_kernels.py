@@ -58,6 +58,8 @@ class Kernel(NamedTuple):
             return _winograd_cuda.transform_filter(
                 weight, self.tile, self.mode, rotate, self._spatial
             )
+        if self.tile == 1:
+            return _triton("dilated_conv").transform_filter(weight, rotate)
         return _triton().transform_filter(weight, self.tile, self._domain, rotate, self._spatial)
 
     def forward(self, input, filter, bias, residual, out_channels, padding, dilation, relu):
@@ -69,6 +71,10 @@ class Kernel(NamedTuple):
             return _ops._winograd_forward.default(*arguments, relu, self.winograd_relu, self.mode)
         if self.backend == "cuda":
             return _winograd_cuda.forward(*arguments, relu, self.mode, self.winograd_relu)
+        if self.tile == 1:
+            return _triton("dilated_conv").forward(
+                input, filter, bias, residual, padding, dilation, relu, self.mode
+            )
         u, scale = filter
         arguments = (input, u, scale, *arguments[2:])
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
@@ -182,8 +188,8 @@ class Kernel(NamedTuple):
         return "f32" if self.mode else "f16"
 
 
-def _triton():
-    return importlib.import_module("pywino.kernels.winograd")
+def _triton(room="winograd"):
+    return importlib.import_module(f"pywino.kernels.{room}")
 
 
 def kernel_of(plan, call):

@@ -21,11 +21,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pywino.kernels import channel_attention, conv_lstm, masked_conv, sparse_conv, winograd
+from pywino.kernels import (
+    channel_attention,
+    conv_lstm,
+    dilated_conv,
+    masked_conv,
+    sparse_conv,
+    winograd,
+)
 from pywino.ops import _packed
 
 TABLE = Path(__file__).with_name("resources_triton.json")
-MODULES = (winograd, channel_attention, conv_lstm, masked_conv, sparse_conv)
+MODULES = (winograd, channel_attention, conv_lstm, dilated_conv, masked_conv, sparse_conv)
 ARCHITECTURES = (90, 80, 100)
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 INSTRUCTIONS = (*MATRIX_INSTRUCTIONS, "LDGSTS")
@@ -41,8 +48,8 @@ TYPES = {
 def launches(architecture=90):
     """{name: (kernel, arguments, constants, warps, stages)}: both products in every configuration;
     for sm_90 the transforms of every tile in both domains, with the gradients of F2 and F4, and the
-    other rooms; for the others the forward pass of F4 in "f16", and the masked and the sparse
-    convolution of channels_last tensors."""
+    other rooms; for the others the forward pass of F4 in "f16", and the direct, the masked and the
+    sparse convolution of channels_last tensors."""
     recorded = {}
 
     def record(kernel, grid, *arguments, warps=4, stages=1, **constants):
@@ -78,6 +85,7 @@ def launches(architecture=90):
             for last in (True, False):
                 attention(last)
             cell()
+        direct(architecture == 90)
         masked(architecture == 90)
         sparse(architecture == 90)
     return recorded
@@ -135,8 +143,8 @@ def cell():
     conv_lstm.backward(state, state, gates, state)
 
 
-def masked(everything):
-    """Each block of the product; both layouts of the widest, and TF32."""
+def blocks_of_pixels(everything):
+    """(x, K, strict): each block of the product; both layouts of the widest, and TF32."""
     kinds = [(torch.bfloat16, k, True, True) for k in (32, 64, 128)]
     kinds += [(torch.float32, k, True, True) for k in (32, 64, 128)]
     if everything:
@@ -144,7 +152,20 @@ def masked(everything):
         kinds += [(torch.float32, 128, True, False)]
     for dtype, k, last, strict in kinds:
         layout = torch.channels_last if last else torch.contiguous_format
-        x = torch.empty(2, 64, 48, 48, dtype=dtype, device="meta", memory_format=layout)
+        like = {"dtype": dtype, "device": "meta", "memory_format": layout}
+        yield torch.empty(2, 64, 48, 48, **like), k, strict
+
+
+def direct(everything):
+    for x, k, strict in blocks_of_pixels(everything):
+        filter, bias = x.new_empty(k, 3, 3, 64), torch.empty(k, device="meta")
+        residual = torch.empty_like(x[:, :1]).expand(2, k, 48, 48)
+        geometry = ((1, 1), (1, 1))
+        dilated_conv.forward(x, filter, bias, residual, *geometry, True, strict)
+
+
+def masked(everything):
+    for x, k, strict in blocks_of_pixels(everything):
         mask = torch.empty(2, 1, 48, 48, dtype=torch.bool, device="meta")
         filter, bias = x.new_empty(k, 3, 3, 64), torch.empty(k, device="meta")
         masked_conv.forward(x, mask, filter, bias, (1, 1), (1, 1), strict)
