@@ -58,7 +58,7 @@ def run(input, mask, weight, bias, padding, dilation, backend, filter_of):
     if not covers(input, weight, padding, dilation, backend):
         return dense_forward(input, mask, weight, bias, padding, dilation)
     where = (padding, dilation)
-    if input.device.type != "cpu":
+    if backend in ("cuda", "triton") or input.device.type != "cpu":
         if backend == "auto":
             backend = choose_on_gpu(input, mask, weight, *where, filter_of)
         if backend == "dense":
