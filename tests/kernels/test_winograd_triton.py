@@ -195,6 +195,7 @@ def test_compilers_see_what_each_kernel_reads_and_writes(monkeypatch):
         "_cell_gradient": {"grad_gates", "grad_cell"},
         "_count": {"counts"},
         "_list": {"list", "mask"},  # torch takes no chances with what is behind a scan
+        "_convolve": {"output"},
         "_convolve_pixels": {"output"},
         "_convolve_blocks": {"output"},
     }
