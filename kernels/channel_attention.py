@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pywino.kernels.launch import is_channels_last, on_device_of
+from pywino.kernels.launch import is_channels_last, jit, on_channels, on_device_of, on_pixels
 
 try:
     import triton
@@ -38,29 +38,10 @@ BLOCK = 4096  # elements of a block of pixels and channels
 PARTS = 128  # partial sums of a channel, at most
 GATE_BLOCK = (32, 16)  # channels and hidden numbers of a program of the two small layers
 
-if triton is None:
-
-    def jit(function):
-        return function
-
-else:
-    jit = triton.jit
-
-
 # --- in registers ---
 #
 # A block is (pixels, channels) where `CHANNELS_LAST`, else (channels, pixels): lanes run along
 # what is contiguous.
-
-
-@jit
-def _on_pixels(p, CHANNELS_LAST: tl.constexpr):
-    return p[:, None] if CHANNELS_LAST else p[None, :]
-
-
-@jit
-def _on_channels(c, CHANNELS_LAST: tl.constexpr):
-    return c[None, :] if CHANNELS_LAST else c[:, None]
 
 
 @jit
@@ -69,9 +50,9 @@ def _places(image, c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
     first = image.to(tl.int64) * channels * pixels
     c_step = 1 if CHANNELS_LAST else pixels
     p_step = channels if CHANNELS_LAST else 1
-    offsets = first + _on_channels(c.to(tl.int64) * c_step, CHANNELS_LAST)
-    offsets = offsets + _on_pixels(p.to(tl.int64) * p_step, CHANNELS_LAST)
-    within = _on_channels(c < channels, CHANNELS_LAST) & _on_pixels(p < pixels, CHANNELS_LAST)
+    offsets = first + on_channels(c.to(tl.int64) * c_step, CHANNELS_LAST)
+    offsets = offsets + on_pixels(p.to(tl.int64) * p_step, CHANNELS_LAST)
+    within = on_channels(c < channels, CHANNELS_LAST) & on_pixels(p < pixels, CHANNELS_LAST)
     return offsets, within
 
 
@@ -143,7 +124,7 @@ def _whole(
     tl.store(mean + at, z, mask=c < channels)
     tl.store(gate + at, g, mask=c < channels)
     y = _output(
-        x, _on_channels(g, CHANNELS_LAST), residual, offsets, within, RELU, SUM_RELU
+        x, on_channels(g, CHANNELS_LAST), residual, offsets, within, RELU, SUM_RELU
     )  # fmt: skip
     tl.store(output + offsets, y.to(output.dtype.element_ty), mask=within)
 
@@ -162,7 +143,7 @@ def _whole_gradient(
     z = tl.load(mean + at, mask=c < channels, other=0)
     g = tl.load(gate + at, mask=c < channels, other=0)
     x = _load(input, offsets, within)
-    d = _behind_relu(_load(grad, offsets, within), x, _on_channels(g, CHANNELS_LAST), RELU)
+    d = _behind_relu(_load(grad, offsets, within), x, on_channels(g, CHANNELS_LAST), RELU)
     du = g * (1 - g) * tl.sum(d * x, axis=0 if CHANNELS_LAST else 1)
     tl.store(logit_gradient + at, du, mask=c < channels)
     w = _matrix(w1, r, c, hidden, channels)
@@ -171,7 +152,7 @@ def _whole_gradient(
     dz = tl.sum(w * tl.where(h > 0, dh, 0.0)[:, None], axis=0)
     if w3 is not None:
         dz += tl.sum(_matrix(w3, c, c, channels, channels) * du[:, None], axis=0)
-    dx = d * _on_channels(g, CHANNELS_LAST) + _on_channels(dz / pixels, CHANNELS_LAST)
+    dx = d * on_channels(g, CHANNELS_LAST) + on_channels(dz / pixels, CHANNELS_LAST)
     tl.store(input_gradient + offsets, dx.to(input_gradient.dtype.element_ty), mask=within)
 
 
@@ -190,7 +171,7 @@ def _sums(
     blocks = tl.cdiv(pixels, BLOCK_P)
     if grad is not None:
         g = tl.load(gate + image * channels + c, mask=c < channels, other=0)
-        g = _on_channels(g, CHANNELS_LAST)
+        g = on_channels(g, CHANNELS_LAST)
     if CHANNELS_LAST:
         sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     else:
@@ -293,7 +274,7 @@ def _apply(
     p = index % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     offsets, within = _places(image, c, p, channels, pixels, CHANNELS_LAST)
     g = tl.load(gate + image * channels + c, mask=c < channels, other=0)
-    g = _on_channels(g, CHANNELS_LAST)
+    g = on_channels(g, CHANNELS_LAST)
     x = _load(input, offsets, within)
     y = _output(x, g, residual, offsets, within, RELU, SUM_RELU)
     tl.store(output + offsets, y.to(output.dtype.element_ty), mask=within)
@@ -312,8 +293,8 @@ def _apply_gradient(
     p = index % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     offsets, within = _places(image, c, p, channels, pixels, CHANNELS_LAST)
     at = image * channels + c
-    g = _on_channels(tl.load(gate + at, mask=c < channels, other=0), CHANNELS_LAST)
-    s = _on_channels(tl.load(shift + at, mask=c < channels, other=0), CHANNELS_LAST)
+    g = on_channels(tl.load(gate + at, mask=c < channels, other=0), CHANNELS_LAST)
+    s = on_channels(tl.load(shift + at, mask=c < channels, other=0), CHANNELS_LAST)
     x = _load(input, offsets, within)
     dx = _behind_relu(_load(grad, offsets, within), x, g, RELU) * g + s
     tl.store(input_gradient + offsets, dx.to(input_gradient.dtype.element_ty), mask=within)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pywino.kernels.launch import on_device_of
+from pywino.kernels.launch import jit, on_device_of
 
 try:
     import triton
@@ -22,14 +22,6 @@ except ImportError:  # the module can be imported; its functions say what is mis
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 1024
-
-if triton is None:
-
-    def jit(function):
-        return function
-
-else:
-    jit = triton.jit
 
 
 @jit

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pywino.kernels.launch import is_channels_last, on_device_of
+from pywino.kernels.launch import is_channels_last, jit, on_channels, on_device_of, on_pixels
 from pywino.kernels.masked_conv import product
 
 try:
@@ -27,27 +27,6 @@ try:
     import triton.language as tl
 except ImportError:  # the module can be imported; its functions say what is missing
     triton = None
-
-if triton is None:
-
-    def jit(function):
-        return function
-
-else:
-    jit = triton.jit
-
-
-# The lanes of a block run along its last axis: channels of a channels_last tensor, else pixels.
-
-
-@jit
-def _on_pixels(x, CHANNELS_LAST: tl.constexpr):
-    return x[:, None] if CHANNELS_LAST else x[None, :]
-
-
-@jit
-def _on_channels(x, CHANNELS_LAST: tl.constexpr):
-    return x[None, :] if CHANNELS_LAST else x[:, None]
 
 
 @jit
@@ -82,9 +61,9 @@ def _convolve(
         inside = inside & (left + right >= 0) & (left + right < width)
         shift = down * tl.cast(in_h, tl.int64) + right * tl.cast(in_w, tl.int64)
         v = tl.load(
-            _on_pixels(at + shift, CHANNELS_LAST)
-            + _on_channels(c.to(tl.int64) * in_c, CHANNELS_LAST),
-            mask=_on_pixels(inside, CHANNELS_LAST) & _on_channels(c < channels, CHANNELS_LAST),
+            on_pixels(at + shift, CHANNELS_LAST)
+            + on_channels(c.to(tl.int64) * in_c, CHANNELS_LAST),
+            mask=on_pixels(inside, CHANNELS_LAST) & on_channels(c < channels, CHANNELS_LAST),
             other=0,
         )
         # A filter's numbers lie side by side: the lanes of U run along channels in both.
@@ -96,10 +75,10 @@ def _convolve(
             sums = tl.dot(u, v, sums, input_precision=PRECISION)
     if bias is not None:
         shifts = tl.load(bias + k, mask=k < out_channels, other=0)
-        sums = sums + _on_channels(shifts, CHANNELS_LAST)
+        sums = sums + on_channels(shifts, CHANNELS_LAST)
     to = n * out_n + y.to(tl.int64) * out_h + x.to(tl.int64) * out_w
-    to = _on_pixels(to, CHANNELS_LAST) + _on_channels(k.to(tl.int64) * out_c, CHANNELS_LAST)
-    within = _on_pixels(p < pixels, CHANNELS_LAST) & _on_channels(k < out_channels, CHANNELS_LAST)
+    to = on_pixels(to, CHANNELS_LAST) + on_channels(k.to(tl.int64) * out_c, CHANNELS_LAST)
+    within = on_pixels(p < pixels, CHANNELS_LAST) & on_channels(k < out_channels, CHANNELS_LAST)
     if residual is not None:
         sums = sums + tl.load(residual + to, mask=within, other=0).to(tl.float32)
     if RELU:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the launches of all Triton kernels share."""
+"""What all Triton kernels and their launches share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,31 @@ import torch
 
 try:
     import triton
+    import triton.language as tl
 except ImportError as error:  # every module here can be imported; its functions say what is missing
     triton, missing = None, str(error)
+
+if triton is None:
+
+    def jit(function):
+        return function
+
+else:
+    jit = triton.jit
+
+
+# The lanes of a block run along its last axis: channels of a channels_last tensor, else pixels, or
+# tiles of them.
+
+
+@jit
+def on_pixels(x, CHANNELS_LAST: tl.constexpr):
+    return x[:, None] if CHANNELS_LAST else x[None, :]
+
+
+@jit
+def on_channels(x, CHANNELS_LAST: tl.constexpr):
+    return x[None, :] if CHANNELS_LAST else x[:, None]
 
 
 def why_not() -> str | None:

@@ -36,7 +36,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pywino.kernels.launch import is_channels_last, on_device_of, processors
+from pywino.kernels.launch import (
+    is_channels_last,
+    jit,
+    on_channels,
+    on_device_of,
+    on_pixels,
+    processors,
+)
 
 try:
     import triton
@@ -45,15 +52,6 @@ except ImportError:  # the module can be imported; its functions say what is mis
     triton = None
 
 BLOCK = 1024  # pixels that a program of the compaction looks at
-
-if triton is None:
-
-    def jit(function):
-        return function
-
-else:
-    jit = triton.jit
-
 
 # --- the mask's pixels ---
 
@@ -82,17 +80,6 @@ def _list(mask, ends, list, pixels, BLOCK: tl.constexpr):
 
 # --- the product ---
 #
-# The lanes of a block run along its last axis: channels of a channels_last tensor, else pixels.
-
-
-@jit
-def _on_pixels(x, CHANNELS_LAST: tl.constexpr):
-    return x[:, None] if CHANNELS_LAST else x[None, :]
-
-
-@jit
-def _on_channels(x, CHANNELS_LAST: tl.constexpr):
-    return x[None, :] if CHANNELS_LAST else x[:, None]
 
 
 @jit
@@ -132,9 +119,9 @@ def _convolve_pixels(
             seen = tl.load(mask + p + (down * width + right), mask=listed & inside, other=0) != 0
             shift = down * tl.cast(stride_h, tl.int64) + right * tl.cast(stride_w, tl.int64)
             v = tl.load(
-                _on_pixels(at + shift, CHANNELS_LAST)
-                + _on_channels(c.to(tl.int64) * stride_c, CHANNELS_LAST),
-                mask=_on_pixels(seen, CHANNELS_LAST) & _on_channels(c < channels, CHANNELS_LAST),
+                on_pixels(at + shift, CHANNELS_LAST)
+                + on_channels(c.to(tl.int64) * stride_c, CHANNELS_LAST),
+                mask=on_pixels(seen, CHANNELS_LAST) & on_channels(c < channels, CHANNELS_LAST),
                 other=0,
             )
             # A filter's numbers lie side by side: the lanes of U run along channels in both.
@@ -146,14 +133,14 @@ def _convolve_pixels(
                 sums = tl.dot(u, v, sums, input_precision=PRECISION)
         if bias is not None:
             shifts = tl.load(bias + k, mask=k < out_channels, other=0)
-            sums = sums + _on_channels(shifts, CHANNELS_LAST)
+            sums = sums + on_channels(shifts, CHANNELS_LAST)
         to = n * out_n + y.to(tl.int64) * out_h + x.to(tl.int64) * out_w
         tl.store(
             output
-            + _on_pixels(to, CHANNELS_LAST)
-            + _on_channels(k.to(tl.int64) * out_c, CHANNELS_LAST),
+            + on_pixels(to, CHANNELS_LAST)
+            + on_channels(k.to(tl.int64) * out_c, CHANNELS_LAST),
             sums.to(output.dtype.element_ty),
-            mask=_on_pixels(listed, CHANNELS_LAST) & _on_channels(k < out_channels, CHANNELS_LAST),
+            mask=on_pixels(listed, CHANNELS_LAST) & on_channels(k < out_channels, CHANNELS_LAST),
         )
 
 

@@ -49,7 +49,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pywino.kernels.launch import is_channels_last, on_device_of, processors, why_not
+from pywino.kernels.launch import (
+    is_channels_last,
+    jit,
+    on_channels,
+    on_device_of,
+    on_pixels,
+    processors,
+    why_not,
+)
 from pywino.reference.winograd import POINTS, exact_matrices
 
 try:
@@ -109,18 +117,9 @@ for _tile in POINTS:
         for _i, _j in itertools.product(range(_tile + 2), repeat=2):
             TAP[_number, _tile, _i, _j] = 2.0 ** (_shifts[_i] + _shifts[_j])
 X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I = range(7)  # the numbers again, as the kernels name them
-if triton is None:
-
-    def jit(function):
-        return function
-
-else:
-    jit = triton.jit
-    if not triton.knobs.runtime.interpret:  # there, kernels are Python, and so are these
-        ENTRY, GROWTH, TAP = tl.constexpr(ENTRY), tl.constexpr(GROWTH), tl.constexpr(TAP)
-        X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I = map(
-            tl.constexpr, (X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I)
-        )
+if triton and not triton.knobs.runtime.interpret:  # there, kernels are Python, and so are these
+    ENTRY, GROWTH, TAP = tl.constexpr(ENTRY), tl.constexpr(GROWTH), tl.constexpr(TAP)
+    X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I = map(tl.constexpr, (X_BT, X_G, X_A, X_AT, X_B, X_GT, X_I))
 
 
 # --- in registers ---
@@ -211,17 +210,6 @@ def _power_of_two(e):
 
 # --- where tiles and channels are ---
 #
-# The lanes of a block run along its last axis: channels of a channels_last tensor, else tiles.
-
-
-@jit
-def _on_tiles(x, CHANNELS_LAST: tl.constexpr):
-    return x[:, None] if CHANNELS_LAST else x[None, :]
-
-
-@jit
-def _on_channels(x, CHANNELS_LAST: tl.constexpr):
-    return x[None, :] if CHANNELS_LAST else x[:, None]
 
 
 @jit
@@ -243,7 +231,7 @@ def _place(t, image, first, tile_rows, tile_columns, dil_h, dil_w, TILE: tl.cons
 def _inside(y, x, height, width, within, CHANNELS_LAST: tl.constexpr):
     """Which of the pixels (y, x), one for each tile, exist, in the channels that exist."""
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return _on_tiles(inside, CHANNELS_LAST) & within
+    return on_pixels(inside, CHANNELS_LAST) & within
 
 
 @jit
@@ -254,7 +242,7 @@ def _corner(
     one distance from it in all tiles."""
     at = n.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     at_c = c.to(tl.int64) * stride_c
-    return tensor + (_on_tiles(at, CHANNELS_LAST) + _on_channels(at_c, CHANNELS_LAST))
+    return tensor + (on_pixels(at, CHANNELS_LAST) + on_channels(at_c, CHANNELS_LAST))
 
 
 @jit
@@ -312,7 +300,7 @@ def _to_domain(
         right = tl.cast(stride_w, tl.int64) * dil_w
         for start in range(0, channels, BLOCK_CHANNELS):
             c = start + lanes
-            within = _on_channels(c < channels, CHANNELS_LAST)
+            within = on_channels(c < channels, CHANNELS_LAST)
             corner = _corner(
                 tensor, n, c, y, x, stride_n, stride_c, stride_h, stride_w, CHANNELS_LAST
             )
@@ -325,24 +313,24 @@ def _to_domain(
                     peak = tl.maximum(peak, tl.abs(d.to(tl.float32)))
         e = _exponent(tl.max(peak, axis=1 if CHANNELS_LAST else 0), GROWTH[X, TILE])
         tl.store(scale + t, _power_of_two(e))
-        tile_factor = _on_tiles(_power_of_two(-e), CHANNELS_LAST)
+        tile_factor = on_pixels(_power_of_two(-e), CHANNELS_LAST)
     step = BLOCK_CHANNELS * tl.num_programs(1)
     for start in range(tl.program_id(1) * BLOCK_CHANNELS, padded, step):
         c = start + lanes
-        within = _on_channels(c < channels, CHANNELS_LAST)
+        within = on_channels(c < channels, CHANNELS_LAST)
         corner = _corner(tensor, n, c, y, x, stride_n, stride_c, stride_h, stride_w, CHANNELS_LAST)
         if SCALES == "tile":
             factor = tile_factor
         elif SCALES == "channel":
             e = _exponent(tl.load(peaks + c, mask=c < channels, other=0), GROWTH[X, TILE])
-            factor = _on_channels(_power_of_two(-e), CHANNELS_LAST)
+            factor = on_channels(_power_of_two(-e), CHANNELS_LAST)
         half = _patch_in_domain(
             corner, y, x, height, width, stride_h, stride_w, dil_h, dil_w, within, X, TILE,
             CHANNELS_LAST,
         )  # fmt: skip
-        at = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(c, CHANNELS_LAST)
+        at = on_pixels(t.to(tl.int64) * padded, CHANNELS_LAST) + on_channels(c, CHANNELS_LAST)
         at = v + at
-        mask = _on_channels(c < padded, CHANNELS_LAST)
+        mask = on_channels(c < padded, CHANNELS_LAST)
         for i in tl.static_range(A):
             row = _times(X, TILE, _nth(half, i))
             for j in tl.static_range(A):
@@ -395,8 +383,8 @@ def _from_domain(
     A: tl.constexpr = TILE + 2
     t = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     k = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    within = _on_tiles(t < tiles, CHANNELS_LAST) & _on_channels(k < channels, CHANNELS_LAST)
-    corner = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(k, CHANNELS_LAST)
+    within = on_pixels(t < tiles, CHANNELS_LAST) & on_channels(k < channels, CHANNELS_LAST)
+    corner = on_pixels(t.to(tl.int64) * padded, CHANNELS_LAST) + on_channels(k, CHANNELS_LAST)
     corner = m + corner
     plane = rows.to(tl.int64) * padded
     half = ()
@@ -412,11 +400,11 @@ def _from_domain(
         half = half + (_times(X_AT, TILE, column),)
         corner += plane
     if SCALED:
-        tile_scale = _on_tiles(tl.load(scale + t, mask=t < tiles, other=0), CHANNELS_LAST)
+        tile_scale = on_pixels(tl.load(scale + t, mask=t < tiles, other=0), CHANNELS_LAST)
         k_scale = tl.load(filter_scale + k, mask=k < channels, other=0)
-        k_scale = _on_channels(k_scale, CHANNELS_LAST)
+        k_scale = on_channels(k_scale, CHANNELS_LAST)
     if bias is not None:
-        shift = _on_channels(tl.load(bias + k, mask=k < channels, other=0), CHANNELS_LAST)
+        shift = on_channels(tl.load(bias + k, mask=k < channels, other=0), CHANNELS_LAST)
     n, y, x = _place(t, image, first, tile_rows, tile_columns, dil_h, dil_w, TILE)
     corner = _corner(0, n, k, y, x, stride_n, stride_c, stride_h, stride_w, CHANNELS_LAST)
     down = tl.cast(stride_h, tl.int64) * dil_h
@@ -576,7 +564,7 @@ def _masked_patches(
     A: tl.constexpr = TILE + 2
     t = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    within = _on_tiles(t < tiles, CHANNELS_LAST) & _on_channels(c < channels, CHANNELS_LAST)
+    within = on_pixels(t < tiles, CHANNELS_LAST) & on_channels(c < channels, CHANNELS_LAST)
     n, y, x = _place(t, image, first, tile_rows, tile_columns, dil_h, dil_w, TILE)
     y = y - pad_h
     x = x - pad_w
@@ -585,7 +573,7 @@ def _masked_patches(
         corner, y, x, height, width, stride_h, stride_w, dil_h, dil_w, within, X_BT, TILE,
         CHANNELS_LAST,
     )  # fmt: skip
-    offset = _on_tiles(t.to(tl.int64) * padded, CHANNELS_LAST) + _on_channels(c, CHANNELS_LAST)
+    offset = on_pixels(t.to(tl.int64) * padded, CHANNELS_LAST) + on_channels(c, CHANNELS_LAST)
     plane = rows.to(tl.int64) * padded
     at = m + offset
     rows_of_patch = ()
@@ -600,9 +588,9 @@ def _masked_patches(
             at += plane
         rows_of_patch = rows_of_patch + (_times(X_B, TILE, row),)
     if SCALED:
-        tile_scale = _on_tiles(tl.load(scale + t, mask=t < tiles, other=0), CHANNELS_LAST)
+        tile_scale = on_pixels(tl.load(scale + t, mask=t < tiles, other=0), CHANNELS_LAST)
         c_scale = tl.load(filter_scale + c, mask=c < channels, other=0)
-        c_scale = _on_channels(c_scale, CHANNELS_LAST)
+        c_scale = on_channels(c_scale, CHANNELS_LAST)
     corner = patches + offset
     for j in tl.static_range(A):
         column = _times(X_B, TILE, _nth(rows_of_patch, j))
@@ -635,7 +623,7 @@ def _overlap_add(
     column = (x + pad_w) // dil_w
     y_phase = (y + pad_h) % dil_h
     x_phase = (x + pad_w) % dil_w
-    within = _on_tiles(pixel < pixels, CHANNELS_LAST) & _on_channels(c < channels, CHANNELS_LAST)
+    within = on_pixels(pixel < pixels, CHANNELS_LAST) & on_channels(c < channels, CHANNELS_LAST)
     if CHANNELS_LAST:
         sums = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     else:
@@ -650,11 +638,11 @@ def _overlap_add(
             covered = covered & (j < A) & (t_column >= 0) & (t_column < tile_columns)
             t = (n * tile_rows + t_row) * tile_columns + t_column
             at = ((i * A + j) * rows + t).to(tl.int64) * padded
-            at = _on_tiles(at, CHANNELS_LAST) + _on_channels(c, CHANNELS_LAST)
-            mask = _on_tiles(covered, CHANNELS_LAST) & within
+            at = on_pixels(at, CHANNELS_LAST) + on_channels(c, CHANNELS_LAST)
+            mask = on_pixels(covered, CHANNELS_LAST) & within
             sums += tl.load(patches + at, mask=mask, other=0)
     at = (image + n).to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    at = _on_tiles(at, CHANNELS_LAST) + _on_channels(c.to(tl.int64) * stride_c, CHANNELS_LAST)
+    at = on_pixels(at, CHANNELS_LAST) + on_channels(c.to(tl.int64) * stride_c, CHANNELS_LAST)
     tl.store(output + at, sums.to(output.dtype.element_ty), mask=within)
 
 
