@@ -5,19 +5,15 @@ file in a process of its own."""
 import pytest
 import torch
 
-from pywino import backends
 from pywino.kernels import dilated_conv
 from pywino.ops._kernels import Kernel
 
 pytest.importorskip("triton")
-from interpreted import DEVICE, prepare
+from convolutions import ROUNDING, assert_close, poisoned_memory, tensor  # noqa: F401
+from interpreted import prepare
 
 prepare(dilated_conv)
 
-# One rounding to the tensors' dtype, of fp32 sums of products: three TF32 ones on a GPU, exact in
-# the interpreter.
-ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-OF_LARGEST = 1e-6
 # n, c, h, w, k, padding, dilation: several blocks of pixels, of channels in and out; less than one;
 # a dilation beyond the image, another in each direction
 SHAPES = [
@@ -26,27 +22,6 @@ SHAPES = [
     (1, 33, 6, 5, 40, (16, 16), (16, 16)),
     (3, 1, 1, 1, 1, (4, 4), (4, 4)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Whatever the kernels read must have been written: empty tensors are full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def tensor(*shape, dtype=torch.float32, last=False):
-    x = torch.randn(shape).to(DEVICE, dtype)
-    return x.contiguous(memory_format=torch.channels_last) if last else x
-
-
-def assert_close(actual, expected, like):
-    assert actual.dtype == like.dtype
-    assert backends.is_channels_last(actual) == backends.is_channels_last(like)
-    error = (actual.double().cpu() - expected).abs()
-    limit = 1.01 * ROUNDING[like.dtype] * expected.abs() + OF_LARGEST * expected.abs().max()
-    assert (error <= limit).all(), (error - limit).max()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)

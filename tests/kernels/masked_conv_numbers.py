@@ -12,24 +12,13 @@ from pywino.ops import masked_conv as ops
 from pywino.reference import masked_conv as reference
 
 pytest.importorskip("triton")
+from convolutions import ROUNDING, assert_close, poisoned_memory, tensor  # noqa: F401
 from interpreted import DEVICE, prepare
 
 prepare(masked_conv)
 
-# One rounding to the tensors' dtype, of fp32 sums of products: three TF32 ones on a GPU, exact in
-# the interpreter.
-ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-OF_LARGEST = 1e-6
 GEOMETRIES = [((3, 3), (1, 1)), ((3, 3), (2, 3)), ((1, 1), (1, 1)), ((5, 2), (1, 1))]
 MASKS = ("empty", "full", "one", "random", "streaks", "different", "shared")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Whatever the kernels read must have been written: empty tensors are full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def mask_of(name, n, h, w):
@@ -47,19 +36,6 @@ def mask_of(name, n, h, w):
         mask[1 % n] = True
         mask[2 % n, 0, : h // 2, w // 3 :] = True
     return mask.to(DEVICE)
-
-
-def tensor(*shape, dtype=torch.float32, last=False):
-    x = torch.randn(shape).to(DEVICE, dtype)
-    return x.contiguous(memory_format=torch.channels_last) if last else x
-
-
-def assert_close(actual, expected, like):
-    assert actual.dtype == like.dtype
-    assert backends.is_channels_last(actual) == backends.is_channels_last(like)
-    error = (actual.double().cpu() - expected).abs()
-    limit = 1.01 * ROUNDING[like.dtype] * expected.abs() + OF_LARGEST * expected.abs().max()
-    assert (error <= limit).all(), (error - limit).max()
 
 
 def convolved(x, mask, weight, bias, dilation, strict=True):

@@ -13,14 +13,11 @@ from pywino.ops import _packed
 from pywino.reference import sparse_conv as reference
 
 pytest.importorskip("triton")
+from convolutions import ROUNDING, assert_close, poisoned_memory, tensor  # noqa: F401
 from interpreted import DEVICE, prepare
 
 prepare(sparse_conv)
 
-# One rounding to the tensors' dtype, of fp32 sums of products: three TF32 ones on a GPU, exact in
-# the interpreter.
-ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-OF_LARGEST = 1e-6
 GEOMETRIES = [  # kernel, stride, padding, dilation, (h, w)
     ((3, 3), (1, 1), (1, 1), (1, 1), (9, 11)),
     ((3, 3), (2, 1), (0, 2), (1, 2), (8, 9)),
@@ -30,32 +27,11 @@ GEOMETRIES = [  # kernel, stride, padding, dilation, (h, w)
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Whatever the kernels read must have been written: empty tensors are full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def tensor(*shape, dtype=torch.float32, last=False):
-    x = torch.randn(shape).to(DEVICE, dtype)
-    return x.contiguous(memory_format=torch.channels_last) if last else x
-
-
 def pruned(k, c, kernel, density, block=(64, 32), dtype=torch.float32):
     """Whole blocks of zeros, by tap."""
     kept = torch.rand(-(-k // block[0]), -(-c // block[1]), *kernel) < density
     kept = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:k, :c]
     return tensor(k, c, *kernel, dtype=dtype) * kept.to(DEVICE)
-
-
-def assert_close(actual, expected, like):
-    assert actual.dtype == like.dtype
-    assert backends.is_channels_last(actual) == backends.is_channels_last(like)
-    error = (actual.double().cpu() - expected).abs()
-    limit = 1.01 * ROUNDING[like.dtype] * expected.abs() + OF_LARGEST * expected.abs().max()
-    assert (error <= limit).all(), (error - limit).max()
 
 
 def exact(x, weight, bias, *where):
