@@ -238,6 +238,22 @@ def test_forward(isa, tile, channels_last):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("k", [64, 40, 33])  # whole lines, halves of them, neither
+@pytest.mark.parametrize("tile", TILES)
+def test_large_outputs(isa, tile, k, channels_last):
+    """They are written past the caches, where that writes whole lines."""
+    size = (1, k, 176, 188)
+    assert 4 * torch.Size(size).numel() > 4 << 20  # kStreamBytes
+    for residual, activation in [(None, "relu"), (torch.randn(size), None)]:
+        terms = tensors((1, 3, 176, 188), (k, 3, 3, 3), (k,), channels_last=channels_last)
+        terms = (*terms, residual)
+        actual = conv(*terms, activation=activation, algorithm=f"f{tile}")
+        exact, peer = (plain(*t, activation=activation) for t in (double(*terms), terms))
+        assert_close_to_reference(actual, exact, peer, K[tile])
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("k", [104, 272])  # the last panel is narrow, and stands alone or not
 @pytest.mark.parametrize("tile", TILES)
 def test_several_panels_at_once(isa, tile, k):

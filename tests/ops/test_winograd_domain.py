@@ -93,6 +93,18 @@ def test_without_zeros(isa, tile, how, dtype):
 
 @pytest.mark.native
 @pytest.mark.parametrize("how", PATTERNS)
+@pytest.mark.parametrize("k", [48, 40])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_outputs(isa, channels_last, k, how):
+    """They are written past the caches, where that writes whole lines."""
+    geometry = (1, 4, 176, 188, k, (1, 1), (1, 1))
+    arguments = (*case(geometry, 4, how, channels_last=channels_last), 4)
+    exact = exactly(reference.winograd_domain_conv2d, *arguments)
+    assert relative_l2(kernel(*arguments, how), exact) < LIMITS[4]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", PATTERNS)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_any_number_of_threads(threads, how):
     before = torch.get_num_threads()

@@ -13,6 +13,9 @@ constexpr int kPanel = 2 * kLanes;  // output channels of a panel
 // Register blocks: MR x 2 (or, where K fits in one vector, MR x 1) accumulators, the filter's vectors and a broadcast.
 constexpr int kRows2 = kRegisters == 32 ? 14 : 6;
 constexpr int kRows1 = kRegisters == 32 ? 28 : 12;
+// Whether the product fetches its operands' next lines into the first-level cache. With 16 registers 8 loads stand against 12
+// multiplications, and more loads would slow it down: the processor's own prefetcher does it there.
+constexpr bool kFetchesNear = kRegisters == 32;
 // Channels that are summed in registers before they are added to M: a float sum of n terms has an error of about sqrt(n) eps,
 // in blocks of 128 that of 128 terms (docs/winograd.md, error).
 constexpr int64_t kSumBlock = 128;
@@ -37,7 +40,7 @@ PYWINO_INLINE void rank_one(vec (&sum)[MR][NR], const float* v, const float* u) 
   vec un[NR];
   PYWINO_UNROLL for (int n = 0; n < NR; ++n) {
     un[n] = load(u + n * kLanes);
-    prefetch(u + n * kLanes + 16 * NR * kLanes);
+    if (kFetchesNear) prefetch(u + n * kLanes + 16 * NR * kLanes);
   }
   PYWINO_UNROLL for (int r = 0; r < MR; ++r) {
     const vec x = v[r * kLanes] - vec{};
@@ -46,7 +49,7 @@ PYWINO_INLINE void rank_one(vec (&sum)[MR][NR], const float* v, const float* u) 
 }
 
 // M[r][n] = sum_c V[r][c] U[c][n] for MR tiles and NR vectors of output channels; `depth` counts floats of V. While it computes,
-// it fetches V's next block of channels, or of tiles, into the first-level cache, where loads leave room for that.
+// it fetches V's next block of channels, or of tiles, where loads leave room for that.
 template <typename E, int MR, int NR>
 void multiply(int64_t depth, const float* __restrict v, const float* __restrict u,
               float* __restrict m, const Ahead& ahead) {
@@ -61,7 +64,7 @@ void multiply(int64_t depth, const float* __restrict v, const float* __restrict 
       for (; k + 4 <= most; k += 4) {
         fetch(ahead, (done + c + k) / 4);
         PYWINO_UNROLL for (int i = 0; i < 4; ++i, u += NR * kLanes) {
-          if (NR > 1) prefetch(v + (MR + k + i) * kLanes);
+          if (kFetchesNear && NR > 1) prefetch(v + (MR + k + i) * kLanes);
           rank_one<E>(sum, v + k + i, u);
         }
       }

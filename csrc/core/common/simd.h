@@ -59,7 +59,9 @@ PYWINO_INLINE vec relu(vec v) {
 #endif
 }
 
-// Past the caches: for outputs that are larger than what the caches keep. `p` is aligned to the vector.
+// Past the caches: for outputs that are larger than what the caches keep. `p` is aligned to the vector. Whole lines of 64 bytes
+// only, one vector after the other: a half that leaves the core by itself is merged with its line in memory.
+constexpr int kVectorsOfLine = kLanes == 8 ? 2 : 1;
 PYWINO_INLINE void stream(float* p, vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, v);

@@ -245,7 +245,7 @@ struct Run {
         out_h(g.out_h()),
         out_w(g.out_w()),
         by_channel(f.pattern == Pattern::blocks) {
-    stream = sizeof(T) == 4 && g.channels_last && filter.K % kLanes == 0 &&
+    stream = sizeof(T) == 4 && kVectorsOfLine == 1 && g.channels_last && filter.K % kLanes == 0 &&
              reinterpret_cast<uintptr_t>(params.output) % (4 * kLanes) == 0 &&
              g.n * filter.K * out_h * out_w * int64_t(sizeof(T)) > kStreamBytes;
     phases = g.kernel_w == 1 ? 1 : g.stride_w;

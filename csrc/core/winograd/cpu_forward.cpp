@@ -49,7 +49,7 @@ typedef float half_vec __attribute__((vector_size(kHalf * 4)));
 template <int M, typename T>
 struct FilterRun {
   static constexpr int A = Transform<M>::A;
-  static constexpr int kKernelsPerTask = 16;
+  static constexpr int kKernelsPerTask = kLanes;
   const FilterParams& p;
   int64_t K, C, stride_k, stride_c;
   int64_t next = 0;
@@ -63,13 +63,12 @@ struct FilterRun {
 
   static void body(void* arg) {
     FilterRun& run = *static_cast<FilterRun*>(arg);
-    const int64_t vectors = channel_blocks(run.K),
-                  parts = ceil_div<int64_t>(run.C, kKernelsPerTask), tasks = vectors * parts;
-    for (int64_t task = run.take(); task < tasks; task = run.take()) {
-      const int64_t c0 = task % parts * kKernelsPerTask;
-      float* panel = run.p.packed + task / parts / 2 * run.panel_floats();
-      run.kernels(task / parts, c0, min(c0 + kKernelsPerTask, run.C), panel,
-                  run.depth() * run.width(task / parts));
+    const int64_t panels = ceil_div<int64_t>(run.K, kPanel),
+                  parts = ceil_div<int64_t>(run.C, kKernelsPerTask);
+    for (int64_t task = run.take(); task < panels * parts; task = run.take()) {
+      const int64_t panel = task / parts, c0 = task % parts * kKernelsPerTask;
+      run.kernels(panel, c0, min(c0 + kKernelsPerTask, run.C),
+                  run.p.packed + panel * run.panel_floats(), run.depth() * run.width(panel));
     }
   }
 
@@ -83,17 +82,19 @@ struct FilterRun {
   }
   int64_t panel_floats() const { return depth() * A * A * kPanel; }
 
-  // Of the panel of a vector.
-  int width(int64_t vector) const { return K - vector / 2 * kPanel > kLanes ? kPanel : kLanes; }
+  int width(int64_t panel) const { return K - panel * kPanel > kLanes ? kPanel : kLanes; }
 
-  // A whole panel whose positions lie `pitch` floats apart, for a thread that uses it at once.
-  void panel(int64_t number, float* to, int64_t pitch) const {
-    for (int64_t vector = 2 * number; vector < min(2 * number + 2, channel_blocks(K)); ++vector)
-      kernels(vector, 0, C, to, pitch);
+  // Kernels (k, c) of the k of one panel, to where its positions lie `pitch` floats apart.
+  void kernels(int64_t panel, int64_t c0, int64_t c1, float* to, int64_t pitch) const {
+    // The first half of each line waits for the second, where U is streamed.
+    alignas(64) float waiting[kVectorsOfLine > 1 ? kKernelsPerTask * A * A * kLanes : 1];
+    for (int64_t vector = 2 * panel; vector < min(2 * panel + 2, channel_blocks(K)); ++vector)
+      kernels_of(vector, c0, c1, to, pitch, waiting);
   }
 
-  // Kernels (k, c) of the k of one vector, into its panel.
-  void kernels(int64_t vector, int64_t c0, int64_t c1, float* panel, int64_t pitch) const {
+  // Of the k of one vector.
+  void kernels_of(int64_t vector, int64_t c0, int64_t c1, float* panel, int64_t pitch,
+                  float* waiting) const {
     const int size = p.spatial ? 3 : A;
     const int lanes = int(min<int64_t>(kLanes, K - vector * kLanes));
     const bool turn = p.rotate && p.spatial;
@@ -145,14 +146,15 @@ struct FilterRun {
               g[i * size + j][lane] = lane < lanes ? get(from + lane * stride_k + at(i, j)) : 0.f;
       }
       if (p.spatial) transform(g);
-      write(g, vector, c, panel, pitch);
+      write(g, vector, c, panel, pitch,
+            waiting + (kVectorsOfLine > 1 ? c % kKernelsPerTask * A * A * kLanes : 0));
     }
   }
 
   // U of one c, into its panel.
-  void write(const float (*g)[kLanes], int64_t vector, int64_t c, float* panel,
-             int64_t pitch) const {
-    const int64_t first = vector % 2 * kLanes, width = this->width(vector);
+  void write(const float (*g)[kLanes], int64_t vector, int64_t c, float* panel, int64_t pitch,
+             float* waiting) const {
+    const int64_t first = vector % 2 * kLanes, width = this->width(vector / 2);
 #if defined(__AVX512BF16__)
     if (p.fast) {
       for (int xi = 0; xi < A * A; ++xi) {
@@ -171,10 +173,14 @@ struct FilterRun {
     for (int xi = 0; xi < A * A; ++xi) {
       // The rows of U lie C * width apart, often a multiple of 4 KB: ordinary stores of a large U would evict one another.
       float* row = panel + xi * pitch + c * width + first;
-      if (p.stream)
-        stream(row, load(g[xi]));
-      else
+      if (!p.stream || width < kVectorsOfLine * kLanes) {
         store(row, load(g[xi]));
+      } else if (kVectorsOfLine > 1 && first == 0) {
+        store(waiting + xi * kLanes, load(g[xi]));
+      } else {
+        if (kVectorsOfLine > 1) stream(row - kLanes, load(waiting + xi * kLanes));
+        stream(row, load(g[xi]));
+      }
     }
   }
 
@@ -235,9 +241,9 @@ void cell_stage(const Job<T>& job, int64_t begin, int tiles, const float* gates)
     for (int s = 0; s < piece.count; ++s, ++t) {
       const int64_t x0 = piece.x + piece.offset(s);
       const int columns = outputs_inside(x0, job.out_w, g.dil_w, M);
-      for (int64_t c = 0; c < C; c += kLanes)
-        for (int i = 0; i < rows; ++i)
-          for (int j = 0; j < columns; ++j) {
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j)
+          for (int64_t c = 0; c < C; c += kLanes) {
             const float* a = gates + (t * 4 * C + c) * M * M + (i * M + j) * kLanes;
             const int64_t y = piece.y + i * g.dil_h, x = x0 + j * g.dil_w,
                           at = ((piece.image * job.out_h + y) * job.out_w + x) * C + c;
@@ -321,11 +327,13 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
                 v_bytes = a2 * round_up<int64_t>(g.input.c, kLanes) * element;  // of a tile
   const auto m_bytes = [&](int panels) { return a2 * min<int64_t>(panels * kPanel, K) * 4; };
   // Each thread reads the whole filter once per chunk: with a filter beyond the second-level cache a chunk of four register
-  // blocks instead of two halves that. Fewer tiles than that, and reading the filter is what counts.
+  // blocks instead of two halves that; of the smaller blocks of fewer registers, six, where V is read from afar anyway. Fewer
+  // tiles than that, and reading the filter is what counts.
   const bool large = filter_bytes > (int64_t(1) << 20) && !lstm;
+  const int blocks = !large ? 2 : kSmallCache && g.input.c >= 256 ? 6 : 4;
   const auto chunk = [&](int panels) {
     const int64_t bytes = v_bytes + m_bytes(panels) + (lstm ? g.tile * g.tile * K * 4 : 0);
-    return int(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(large ? 4 : 2) * rows));
+    return int(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(blocks) * rows));
   };
   Plan p{chunk(1), 1, large && tiles < int64_t(threads) * 2 * rows, false};
   p.fetch_filter = p.joint || (large && p.chunk * v_bytes > kNearBytes);
@@ -462,10 +470,12 @@ struct Run {
       const int64_t panel = task / splits;
       const float* u = own;
       const int64_t pitch = run.u_bytes ? run.u_bytes / int64_t(sizeof(float)) / A2 : 0;
-      if (pitch)
-        FilterRun<M, T>(*run.job.params.weight).panel(panel, own, pitch);
-      else
+      if (pitch) {
+        const FilterRun<M, T> filter(*run.job.params.weight);
+        filter.kernels(panel, 0, filter.C, own, pitch);
+      } else {
         u = run.filter_of(panel);
+      }
       panel_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, u, pitch, run.shared_v,
                      m, nothing, Epilogue{});
     }
@@ -530,15 +540,9 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   job.fetch_filter = plan.fetch_filter;
   // Each of the two states has a quarter of the gates' channels.
   const int64_t channels = params.lstm ? g.out_channels / 4 : g.out_channels;
-  const int64_t output_bytes = g.input.n * channels * job.out_h * job.out_w * int64_t(sizeof(T));
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % (4 * kLanes) == 0;
-  };
-  // Lines that the next layer would find evicted anyway; each is written whole, if pixels (or rows of a plane) start aligned.
-  job.stream = sizeof(T) == 4 && output_bytes > kStreamBytes &&
-               (params.lstm ? aligned(params.lstm->hidden) && aligned(params.lstm->next_cell)
-                            : aligned(params.output)) &&
-               (g.channels_last ? channels : job.out_h * job.out_w) % kLanes == 0;
+  job.stream = sizeof(T) == 4 && (params.lstm ? streams(g, channels, params.lstm->hidden) &&
+                                                    streams(g, channels, params.lstm->next_cell)
+                                              : streams(g, channels, params.output));
   Run<M, T, E> run{job, executor, panels, plan.panels, chunks};
   run.prefetch =
       g.input.n * g.input.c * g.input.h * g.input.w * int64_t(sizeof(T)) > kPrefetchBytes;
@@ -617,7 +621,7 @@ Status run_filter(const FilterParams& params, const Executor& executor) {
   FilterParams p = params;
   p.stream = !p.fast &&
              packed_size(p.out_channels, p.in_channels, p.tile, false) * 4 > (int64_t(1) << 20) &&
-             reinterpret_cast<uintptr_t>(p.packed) % (4 * kLanes) == 0;
+             reinterpret_cast<uintptr_t>(p.packed) % (4 * kVectorsOfLine * kLanes) == 0;
   switch (p.tile) {
     case 2: return filter_tile<2>(p, executor);
     case 4: return filter_tile<4>(p, executor);

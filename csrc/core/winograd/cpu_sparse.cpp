@@ -467,11 +467,9 @@ Status forward_format(const ForwardParams& params, const Filter& filter, int64_t
              kRows1,
              false};
   if (job.grid.tiles == 0 || g.out_channels == 0) return Status::ok;
-  const int64_t output_bytes =
-      g.input.n * g.out_channels * job.out_h * job.out_w * int64_t(sizeof(T));
-  job.stream = sizeof(T) == 4 && output_bytes > kStreamBytes &&
-               reinterpret_cast<uintptr_t>(params.output) % (4 * kLanes) == 0 &&
-               (g.channels_last ? g.out_channels : job.out_h * job.out_w) % kLanes == 0;
+  // Lists give one vector of channels at a time.
+  job.stream = sizeof(T) == 4 && streams(g, g.out_channels, params.output) &&
+               (kVectorsOfLine == 1 || !lists);
 
   // Floats of a tile and position: of V, and of M for the smallest panel.
   const int64_t depth = lists ? g.input.c : job.lines * kLanes;
