@@ -5,8 +5,9 @@
 
 fills everything between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is a table's (a file
 of the results folder), `summary`: one line a table, one of benches/runs.py's, or `break_even`: from
-how many zeros on kernels that skip them pay; `--picture FILE` draws that. Nothing in these places
-is typed by hand.
+how many zeros on kernels that skip them pay; `--picture FILE` draws that. `NAME of CPU` is from
+that folder of benches/results, where --results names no other. Nothing in these places is typed by
+hand.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import runs
 
-_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.S)
+RESULTS = Path(__file__).parent / "results"
+_PLACE = re.compile(r"(<!-- table: ([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- end table -->)", re.S)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -248,14 +250,29 @@ def picture(contents: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def fill(text: str, folder: Path | None) -> str:
-    """`text` with every marked place filled from the results in `folder`, or saying that nothing
-    was measured."""
+def newest() -> Path | None:
+    """The folder under benches/results with the latest row of a processor."""
+    dates = {
+        path: max(
+            row["environment"]["date"]
+            for file in path.glob("*.json")
+            for row in json.loads(file.read_text())["rows"].values()
+        )
+        for path in sorted(RESULTS.glob("*"))
+        if any(path.glob("*.json")) and not (path / "machine.json").exists()  # not a GPU's
+    }
+    return max(dates, key=dates.get, default=None)
+
+
+def fill(text: str, results: Path | None) -> str:
+    """`text` with every marked place filled from `results` or, without, from the folder that it
+    names or the newest; or saying that nothing was measured."""
 
     def table(match: re.Match) -> str:
-        name = match[2]
+        _, name, cpu, end = match.groups()
         if name in runs.TABLES:
-            return f"{match[1]}{runs.markdown(name)}\n{match[3]}"
+            return f"{match[1]}{runs.markdown(name)}\n{end}"
+        folder = results or (RESULTS / cpu if cpu else newest())
         contents = (
             [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
             if folder
@@ -275,7 +292,7 @@ def fill(text: str, folder: Path | None) -> str:
         else:
             several = {"summary": summary, "break_even": _break_even_table}
             body = several[name](contents) if name in several else markdown(contents[0])
-        return f"{match[1]}{body}\n{match[3]}"
+        return f"{match[1]}{body}\n{end}"
 
     return _PLACE.sub(table, text)
 
@@ -288,7 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--results",
         type=Path,
-        help="a folder of results (default: a processor's newest under benches/results)",
+        help="a folder of results, for all places (default: the one that a place names, or the "
+        "newest of a processor under benches/results)",
     )
     parser.add_argument(
         "--check",
@@ -297,21 +315,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--picture", type=Path, help="a file for the break-even curves")
     options = parser.parse_args(arguments)
-    folders = [
-        path
-        for path in (Path(__file__).parent / "results").glob("*")
-        if any(path.glob("*.json")) and not (path / "machine.json").exists()  # not a GPU's
-    ]
-    newest = max(
-        folders, key=lambda f: max(p.stat().st_mtime for p in f.glob("*.json")), default=None
-    )
     if options.picture:
-        folder = options.results or newest
+        folder = options.results or newest()
         picture([json.loads(path.read_text()) for path in folder.glob("*.json")], options.picture)
     stale = False
     for path in options.files:
         old = path.read_text(encoding="utf-8")
-        new = fill(old, options.results or newest)
+        new = fill(old, options.results)
         if new != old:
             stale = True
             print(f"{path}: {'out of date' if options.check else 'filled'}")

@@ -384,6 +384,19 @@ def test_compare_hands_ours_to_pytest_benchmark(tiny):
     assert tiny[2]["machine_info"]["pywino"]["threads"] == 1
 
 
+def test_a_place_may_name_its_processor(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for cpu, date, ratio in (("old", "2026-01-02", 2.0), ("new", "2026-01-03", 3.0)):
+        measured = row(ratio)
+        measured["environment"] = measured["environment"] | {"date": date}
+        tables.update(tmp_path / cpu, "forward", "Forward", MACHINE, {"a": measured})
+    page = "<!-- table: forward{} -->\n<!-- end table -->\n"
+    assert "| 2.00 |" in tables.fill(page.format(" of old"), None)
+    assert "| 3.00 |" in tables.fill(page.format(" of old"), tmp_path / "new")
+    assert "| 3.00 |" in tables.fill(page.format(""), None)
+    assert "Not measured" in tables.fill(page.format(" of another"), None)
+
+
 def test_rows_that_say_their_own_columns(tiny):
     output, results, _ = tiny
     text = (results / "cells.md").read_text()

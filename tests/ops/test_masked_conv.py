@@ -102,11 +102,15 @@ def test_forward_and_backward(isa, kernel, dilation, name, channels_last):
 
         exact, peer = run(plain, torch.float64), run(plain, torch.float32)
         ours = run(lambda x, w, b, mask=mask: op(x, mask, w, b, dilation), torch.float32)
-        for a, b, c_ in zip(ours, exact, peer, strict=True):
+        for a, b, c_ in zip(ours[:3], exact[:3], peer[:3], strict=True):
             if b.abs().max() == 0:
                 assert not a.any()
             else:
                 assert_close_to_reference(a, b, c_, K)
+        # The bias's are few sums, whose errors compare by chance; 3 * 9 * 14 terms added in pairs
+        # have log2(378) roundings of at most the sum of magnitudes.
+        limit = 9 * 2**-24 * grad.double().abs().sum((0, 2, 3))
+        assert ((ours[3] - exact[3]).abs() <= limit).all()
         assert backends.is_channels_last(ours[0]) == channels_last
 
 

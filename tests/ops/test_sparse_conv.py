@@ -251,7 +251,7 @@ def masked_gradient(grad, input, weight, *where):
 def test_the_kernel_of_what_is_kept(isa, dtype):
     for geometry, pattern, last in itertools.product(GEOMETRIES, PATTERNS, (False, True)):
         input, weight, _, *where = case(geometry, pattern, dtype, last)
-        weight[0, 0, 0, 0] = 1  # something is kept
+        weight[:, 0] = 1  # enough is kept that errors do not compare by chance
         grad = torch.randn_like(F.conv2d(input, weight, None, *where))
         grad = grad.contiguous(memory_format=sparse_conv._format(input))
         exact = masked_gradient(grad.double(), input.double(), weight, *where)
