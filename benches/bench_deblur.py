@@ -249,6 +249,6 @@ def test_detection(report):
     report(
         rows,
         note="Here: 200 scenes of cut-outs and photos that the small detector has not seen, "
-        "`pywino-blur`; from benches/runs/pywino-blur/detection.json. The talk: COCO 2014, YOLOv3, "
-        "Deblur-YOLO.",
+        "`pywino-blur` as it was after 4,000 steps; from benches/runs/pywino-blur/detection.json. "
+        "The talk: COCO 2014, YOLOv3, Deblur-YOLO.",
     )

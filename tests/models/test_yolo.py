@@ -324,7 +324,7 @@ class Trunk(nn.Module):
 @pytest.mark.parametrize(
     ("build", "steps"),
     [
-        (lambda: small_yolo(3), 70),
+        (lambda: small_yolo(3), 140),
         (lambda: YOLO(Trunk(), 3, COCO_ANCHORS, (16, 32, 64), pairs=2), 120),
     ],
     ids=["small", "three scales"],
