@@ -254,9 +254,12 @@ def newest() -> Path | None:
     """The folder under benches/results with the latest row of a processor."""
     dates = {
         path: max(
-            row["environment"]["date"]
-            for file in path.glob("*.json")
-            for row in json.loads(file.read_text())["rows"].values()
+            (
+                row["environment"]["date"]
+                for file in path.glob("*.json")
+                for row in json.loads(file.read_text())["rows"].values()
+            ),
+            default="",
         )
         for path in sorted(RESULTS.glob("*"))
         if any(path.glob("*.json")) and not (path / "machine.json").exists()  # not a GPU's
