@@ -67,8 +67,10 @@ class Run:
         if data == "folder" and "cifar10" in Path(recipe["root"]).name:
             data = "CIFAR-10 (JPEG)"
         data = {"fashion-mnist": _FASHION}.get(data, data)
-        names = ("model", "conv", "dynamic_batch")
-        return data, (*(recipe.get(name) for name in names), self.stack is not None)
+        # "winograd" is the dense network, computed by other kernels.
+        conv = {"winograd": "dense"}.get(recipe.get("conv"), recipe.get("conv"))
+        stacked = self.stack is not None
+        return data, (recipe.get("model"), conv, recipe.get("dynamic_batch"), stacked)
 
     @property
     def accuracies(self) -> dict[float, float]:
@@ -161,7 +163,8 @@ def accuracy_by_batch(runs: list[Run]) -> str:
 TABLES = {"accuracy": accuracy, "accuracy_by_batch": accuracy_by_batch}
 NOTE = (
     "Test accuracy in per cent after the last epoch, of finished runs under `benches/runs`; one "
-    "seed where no n is given. A cell that was not run is empty."
+    "seed where no n is given. A cell that was not run is empty. Dense networks are trained with "
+    "PyTorch's convolutions or with the Winograd kernels: the same function."
 )
 
 

@@ -180,8 +180,8 @@ def test_pieces(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kept(tmp_path):
-    for seed, last in ((0, 0.92), (1, 0.93)):
-        write_run(tmp_path / f"dense-{seed}", [0.9, last], seed=seed)
+    for seed, last, conv in ((0, 0.92, "dense"), (1, 0.93, "winograd")):  # the same network
+        write_run(tmp_path / f"dense-{seed}", [0.9, last], seed=seed, conv=conv)
     pruned = {"sparsity": [0.3, 0.6, 0.8], "prune_epochs": 2, "epochs": 1, "conv": "winograd_relu"}
     write_run(tmp_path / "swr", [0.9, 0.1, 0.91, 0.1, 0.915, 0.1, 0.899], **pruned)
     write_run(tmp_path / "half", [0.1, 0.2], epochs=3, conv="winograd_relu", dynamic_batch=True)
