@@ -242,18 +242,6 @@ def _winograd(call):
     return None
 
 
-def _elementwise_cpu(call, algorithm):
-    return _no_cpu_library(call) or _elementwise(call, algorithm)
-
-
-def _elementwise_cuda(call, algorithm):
-    return _no_cuda_library(call) or _elementwise(call, algorithm)
-
-
-def _elementwise_triton(call, algorithm):
-    return _no_triton(call) or _elementwise(call, algorithm)
-
-
 def _elementwise(call, algorithm):
     """What no kernel without a convolution covers. Its one algorithm has the planner's name for
     that on a GPU."""
@@ -267,18 +255,6 @@ def _elementwise(call, algorithm):
     return None
 
 
-def _direct_cpu(call, algorithm):
-    return _no_cpu_library(call) or _direct(call, algorithm)
-
-
-def _sparse_cuda(call, algorithm):
-    return _no_cuda_library(call) or _sparse_gpu(call, algorithm)
-
-
-def _sparse_triton(call, algorithm):
-    return _no_triton(call) or _sparse_gpu(call, algorithm)
-
-
 def _sparse_gpu(call, algorithm):
     return _direct(call, algorithm) or _counts_pixels(call, math.prod(call.output_size))
 
@@ -288,14 +264,6 @@ def _counts_pixels(call, of_output):
     if call.n * max(call.h * call.w, of_output) > 2**31 - 2**10:
         return "it counts pixels in 31 bits"
     return None
-
-
-def _masked_cuda(call, algorithm):
-    return _no_cuda_library(call) or _masked_gpu(call, algorithm)
-
-
-def _masked_triton(call, algorithm):
-    return _no_triton(call) or _masked_gpu(call, algorithm)
 
 
 def _masked_gpu(call, algorithm):
@@ -320,24 +288,29 @@ def _listed(names):
     return ", ".join(names)
 
 
+def _where_there(absent, uncovered):
+    """The predicate of kernels in a library that may be absent."""
+    return lambda call, algorithm: absent(call) or uncovered(call, algorithm)
+
+
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cpu", "winograd_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_relu_conv2d" + _op, _winograd_cpu)
     register("cpu", "winograd_domain_conv2d" + _op, _winograd_cpu)
 for _op in _ELEMENTWISE:
-    register("cpu", _op, _elementwise_cpu)
-    register("cuda", _op, _elementwise_cuda)
-    register("triton", _op, _elementwise_triton)
+    register("cpu", _op, _where_there(_no_cpu_library, _elementwise))
+    register("cuda", _op, _where_there(_no_cuda_library, _elementwise))
+    register("triton", _op, _where_there(_no_triton, _elementwise))
 for _op in ("", "_backward_input", "_backward_weight"):
     register("cuda", "winograd_conv2d" + _op, _winograd_cuda)
     register("cuda", "winograd_relu_conv2d" + _op, _winograd_cuda)
     register("cuda", "winograd_domain_conv2d" + _op, _winograd_cuda)
     register("triton", "winograd_conv2d" + _op, _winograd_triton)
     register("triton", "winograd_relu_conv2d" + _op, _winograd_triton)
-register("cpu", "sparse_conv2d", _direct_cpu)
-register("cpu", "sparse_conv2d_backward_weight", _direct_cpu)
-register("cuda", "sparse_conv2d", _sparse_cuda)
-register("triton", "sparse_conv2d", _sparse_triton)
-register("cpu", "masked_conv2d", _direct_cpu)
-register("cuda", "masked_conv2d", _masked_cuda)
-register("triton", "masked_conv2d", _masked_triton)
+register("cpu", "sparse_conv2d", _where_there(_no_cpu_library, _direct))
+register("cpu", "sparse_conv2d_backward_weight", _where_there(_no_cpu_library, _direct))
+register("cuda", "sparse_conv2d", _where_there(_no_cuda_library, _sparse_gpu))
+register("triton", "sparse_conv2d", _where_there(_no_triton, _sparse_gpu))
+register("cpu", "masked_conv2d", _where_there(_no_cpu_library, _direct))
+register("cuda", "masked_conv2d", _where_there(_no_cuda_library, _masked_gpu))
+register("triton", "masked_conv2d", _where_there(_no_triton, _masked_gpu))

@@ -24,9 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pywino import backends
 from pywino.backends import WORKSPACE_LIMIT
-from pywino.ops import _packed
+from pywino.ops import _layout, _packed
 from pywino.ops._library import define
 
 _ops = torch.ops.pywino
@@ -47,13 +46,7 @@ def _filter_fake(weight, tile, strict, rotate, spatial):
 
 def _output(input, out_channels, padding, dilation):
     height, width = (s + 2 * p - 2 * d for s, p, d in zip(input.shape[2:], padding, dilation))
-    return _like((input.shape[0], out_channels, height, width), input)
-
-
-def _like(size, input):
-    last = backends.is_channels_last(input)
-    format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=format)
+    return _layout.empty((input.shape[0], out_channels, height, width), input)
 
 
 def _forward_fake(
@@ -98,7 +91,7 @@ def _forward_mean_fake(
 
 def _conv_lstm_fake(input, hidden, cell, filter, bias, channels, strict):
     size = (input.shape[0], channels, *input.shape[2:])
-    return _like(size, input), _like(size, input)
+    return _layout.empty(size, input), _layout.empty(size, input)
 
 
 def _backward_weight_fake(
@@ -121,7 +114,7 @@ def _backward_weight_fake(
 def _domain_backward_input_fake(
     grad, input, filter, scale, tile, padding, dilation, winograd_relu, strict, workspace_limit
 ):
-    return _like(input.shape, input)
+    return _layout.empty(input.shape, input)
 
 
 _GEOMETRY = "int[2] padding, int[2] dilation"

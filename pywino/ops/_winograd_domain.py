@@ -16,6 +16,7 @@ import torch
 
 from pywino import backends
 from pywino.backends import Call
+from pywino.ops import _layout
 from pywino.ops._kernels import kernel_in_domain
 from pywino.ops._library import autocast, define, differentiable
 from pywino.reference import winograd as reference
@@ -43,14 +44,6 @@ def dense_call(input, weight, bias, padding, dilation, winograd_relu):
 # --- the op ---
 
 
-def _format(like):
-    return torch.channels_last if backends.is_channels_last(like) else torch.contiguous_format
-
-
-def _dense(tensor):
-    return tensor if backends.is_channels_last(tensor) else tensor.contiguous()
-
-
 def output_size(input, weight, padding, dilation):
     height, width = (s + 2 * p - 2 * d for s, p, d in zip(input.shape[2:], padding, dilation))
     return input.shape[0], weight.shape[0], height, width
@@ -59,10 +52,6 @@ def output_size(input, weight, padding, dilation):
 def _input_size(grad, weight, padding, dilation):
     height, width = (s - 2 * p + 2 * d for s, p, d in zip(grad.shape[2:], padding, dilation))
     return grad.shape[0], weight.shape[1], height, width
-
-
-def _empty(size, like):
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_format(like))
 
 
 def _check(input, weight, padding, dilation, tile):
@@ -100,35 +89,34 @@ def _forward(input, weight, bias, residual, padding, dilation, activation, tile,
     output = reference.winograd_domain_conv2d(input, weight, bias, padding, dilation, tile)
     if residual is not None:
         output = output.add_(residual)
-    return (output.relu_() if relu else output).contiguous(memory_format=_format(input))
+    return _layout.laid_as(output.relu_() if relu else output, input)
 
 
 def _forward_fake(input, weight, bias, residual, padding, dilation, activation, tile, backend):
     _check(input, weight, padding, dilation, tile)
-    return _empty(output_size(input, weight, padding, dilation), input)
+    return _layout.empty(output_size(input, weight, padding, dilation), input)
 
 
 def _backward_input(grad, weight, padding, dilation, tile, backend):
     op, size = "winograd_domain_conv2d_backward_input", _input_size(grad, weight, padding, dilation)
     kernel = _kernel(op, grad, size, weight.shape[0], padding, dilation, tile, backend)
     if kernel:
-        input = _empty(size, grad)  # its shape and layout are read, no element
-        return kernel.domain_input_gradient(_dense(grad), input, weight, padding, dilation)
-    return reference.winograd_domain_backward_input(
-        grad, weight, padding, dilation, tile
-    ).contiguous(memory_format=_format(grad))
+        input = _layout.empty(size, grad)  # its shape and layout are read, no element
+        return kernel.domain_input_gradient(_layout.dense(grad), input, weight, padding, dilation)
+    gradient = reference.winograd_domain_backward_input(grad, weight, padding, dilation, tile)
+    return _layout.laid_as(gradient, grad)
 
 
 def _backward_input_fake(grad, weight, padding, dilation, tile, backend):
-    return _empty(_input_size(grad, weight, padding, dilation), grad)
+    return _layout.empty(_input_size(grad, weight, padding, dilation), grad)
 
 
 def _backward_weight(grad, input, padding, dilation, tile, backend):
     op = "winograd_domain_conv2d_backward_weight"
-    grad = grad.contiguous(memory_format=_format(input))
+    grad = _layout.laid_as(grad, input)
     kernel = _kernel(op, input, input.shape, grad.shape[1], padding, dilation, tile, backend)
     if kernel:
-        return kernel.weight_gradient(grad, _dense(input), padding, dilation)
+        return kernel.weight_gradient(grad, _layout.dense(input), padding, dilation)
     gradient = reference.winograd_domain_backward_weight(grad, input, padding, dilation, tile)
     return gradient.contiguous()
 
@@ -169,7 +157,7 @@ def _gradients(ctx, grad):
     if output is not None:
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
     needs, where = ctx.needs_input_grad, ctx.arguments
-    dense = grad.contiguous(memory_format=_format(input)) if needs[0] or needs[1] else grad
+    dense = _layout.laid_as(grad, input) if needs[0] or needs[1] else grad
     return (
         _ops.winograd_domain_conv2d_backward_input(dense, weight, *where) if needs[0] else None,
         _ops.winograd_domain_conv2d_backward_weight(dense, input, *where) if needs[1] else None,

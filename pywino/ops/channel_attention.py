@@ -19,15 +19,12 @@ import torch
 from pywino import _native as native
 from pywino import backends, planner
 from pywino.backends import Call
+from pywino.ops import _layout
 from pywino.ops._kernels import backend_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import channel_attention as reference
 
 _ops = torch.ops.pywino
-
-
-def _format(like):
-    return torch.channels_last if backends.is_channels_last(like) else torch.contiguous_format
 
 
 def _check(op, input, w1, w2, w3):
@@ -74,7 +71,7 @@ def native_forward(
     input, w1, w2, w3, b1, b2, residual, activation, residual_activation, name="cpu"
 ):
     """The kernel of a backend on tensors as they come."""
-    format = _format(input)
+    format = _layout.memory_format(input)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
     input = input.contiguous(memory_format=format)
@@ -87,7 +84,7 @@ def apply(
     input, mean, w1, w2, w3, b1, b2, residual, activation, residual_activation, in_place=False
 ):
     """The CPU's or the CUDA kernel where the mean is known."""
-    format = _format(input)
+    format = _layout.memory_format(input)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
     input = input.contiguous(memory_format=format)
@@ -127,12 +124,12 @@ def _forward(input, w1, w2, w3, b1, b2, residual, activation, residual_activatio
         output = output.add_(residual)
         if residual_activation == "relu":
             output = output.relu_()
-    return output.to(input.dtype).contiguous(memory_format=_format(input)), mean, gate
+    return _layout.laid_as(output.to(input.dtype), input), mean, gate
 
 
 def _forward_fake(input, w1, w2, w3, b1, b2, residual, activation, residual_activation, backend):
     _check("channel_residual_attention", input, w1, w2, w3)
-    output = torch.empty_like(input, memory_format=_format(input))
+    output = _layout.empty(input.shape, input)
     sums = input.new_empty(input.shape[:2], dtype=_sums_dtype(input))
     return output, sums, torch.empty_like(sums)
 
@@ -143,7 +140,7 @@ def _forward_fake(input, w1, w2, w3, b1, b2, residual, activation, residual_acti
 def _backward(grad, input, mean, gate, w1, w2, w3, b1, activation, backend):
     _check("channel_residual_attention_backward", input, w1, w2, w3)
     if name := backend_of(describe(input), backend):
-        format = _format(input)
+        format = _layout.memory_format(input)
         grad = grad.to(input.dtype).contiguous(memory_format=format)
         input = input.contiguous(memory_format=format)
         run = _triton().backward if name == "triton" else _ops._channel_attention_backward.default
@@ -153,11 +150,11 @@ def _backward(grad, input, mean, gate, w1, w2, w3, b1, activation, backend):
     grad_input, grad_logit = reference.gradients(
         grad.to(dtype), input.to(dtype), mean, gate, *weights, activation
     )
-    return grad_input.to(input.dtype).contiguous(memory_format=_format(input)), grad_logit
+    return _layout.laid_as(grad_input.to(input.dtype), input), grad_logit
 
 
 def _backward_fake(grad, input, mean, gate, w1, w2, w3, b1, activation, backend):
-    return torch.empty_like(input, memory_format=_format(input)), torch.empty_like(mean)
+    return _layout.empty(input.shape, input), torch.empty_like(mean)
 
 
 define(
@@ -259,7 +256,7 @@ define(
     "_channel_attention_apply(Tensor input, Tensor mean, Tensor w1, Tensor? b1, Tensor w2, "
     "Tensor? b2, Tensor? w3, Tensor? residual, bool relu, bool residual_relu) -> Tensor",
     None,
-    lambda input, *_: torch.empty_like(input, memory_format=_format(input)),
+    lambda input, *_: _layout.empty(input.shape, input),
 )
 define(
     "_channel_attention_apply_(Tensor(a!) input, Tensor mean, Tensor w1, Tensor? b1, Tensor w2, "

@@ -17,15 +17,12 @@ import torch
 
 from pywino import backends, planner
 from pywino.backends import Call
+from pywino.ops import _layout
 from pywino.ops._kernels import backend_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import conv_lstm as reference
 
 _ops = torch.ops.pywino
-
-
-def _format(gates):
-    return torch.channels_last if backends.is_channels_last(gates) else torch.contiguous_format
 
 
 def _check(op, gates, cell):
@@ -61,15 +58,13 @@ def _triton():
 
 def _like(gates, *tensors):
     """In the layout of the gates."""
-    format = _format(gates)
+    format = _layout.memory_format(gates)
     return [t if t is None else t.contiguous(memory_format=format) for t in tensors]
 
 
 def _empty_state(gates):
     n, k, h, w = gates.shape
-    return torch.empty(
-        (n, k // 4, h, w), dtype=gates.dtype, device=gates.device, memory_format=_format(gates)
-    )
+    return _layout.empty((n, k // 4, h, w), gates)
 
 
 # --- forward ---
@@ -111,7 +106,7 @@ def _backward(grad_hidden, grad_cell, gates, cell, backend):
 
 
 def _backward_fake(grad_hidden, grad_cell, gates, cell, backend):
-    return torch.empty_like(gates, memory_format=_format(gates)), _empty_state(gates)
+    return _layout.empty(gates.shape, gates), _empty_state(gates)
 
 
 define(

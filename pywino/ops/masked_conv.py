@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from pywino import _native as native
 from pywino import backends, planner
+from pywino.ops import _layout
 from pywino.ops._library import autocast, define, differentiable
 
 _ops = torch.ops.pywino
@@ -180,7 +181,7 @@ def native_forward(input, list, place, filter, bias, out_channels, kernel_size, 
         bias = bias.float().contiguous()
     where = (kernel_size, padding, dilation)
     return _ops._masked_forward.default(
-        _dense(input), list, place, filter, bias, out_channels, *where
+        _layout.dense(input), list, place, filter, bias, out_channels, *where
     )
 
 
@@ -191,7 +192,7 @@ def gpu_forward(input, mask, filter, bias, padding, dilation, backend):
     mask = mask.expand(len(input), -1, -1, -1).contiguous()
     strict = input.dtype == torch.float32 and not backends.allows_tf32(input)
     forward = _ops._masked_cuda_forward.default if backend == "cuda" else _triton().forward
-    return forward(_dense(input), mask, filter, bias, padding, dilation, strict)
+    return forward(_layout.dense(input), mask, filter, bias, padding, dilation, strict)
 
 
 def _triton():
@@ -214,22 +215,10 @@ def dense_forward(input, mask, weight, bias, padding, dilation):
         )
     else:
         output = torch.conv2d(seen, weight, bias, 1, padding, dilation)
-    return torch.where(mask, output, 0).contiguous(memory_format=_format(input))
+    return _layout.laid_as(torch.where(mask, output, 0), input)
 
 
 # --- the op ---
-
-
-def _format(like):
-    return torch.channels_last if backends.is_channels_last(like) else torch.contiguous_format
-
-
-def _dense(tensor):
-    return tensor if backends.is_channels_last(tensor) else tensor.contiguous()
-
-
-def _empty(size, like):
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_format(like))
 
 
 def _check(input, mask, weight, padding, dilation):
@@ -262,14 +251,14 @@ def _forward(input, mask, weight, bias, padding, dilation, backend):
 
 def _forward_fake(input, mask, weight, bias, padding, dilation, backend):
     _check(input, mask, weight, padding, dilation)
-    return _empty((input.shape[0], weight.shape[0], *input.shape[2:]), input)
+    return _layout.empty((input.shape[0], weight.shape[0], *input.shape[2:]), input)
 
 
 def _backward_weight(grad, input, mask, kernel_size, padding, dilation):
     both = [d * (r - 1) for d, r in zip(dilation, kernel_size)]
     around = (padding[1], both[1] - padding[1], padding[0], both[0] - padding[0])
-    input = F.pad(torch.where(mask, _dense(input), 0), around)
-    grad = torch.where(mask, grad, 0).contiguous(memory_format=_format(input))
+    input = F.pad(torch.where(mask, _layout.dense(input), 0), around)
+    grad = _layout.laid_as(torch.where(mask, grad, 0), input)
     weight = grad.new_empty(1).expand(grad.shape[1], input.shape[1], *kernel_size)
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, (1, 1), (0, 0), dilation, False, (0, 0), 1, (False, True, False)
@@ -311,7 +300,7 @@ def _gradients(ctx, grad):
     input, mask, weight = ctx.saved_tensors
     padding, dilation, backend = ctx.arguments
     needs = ctx.needs_input_grad
-    dense = grad.contiguous(memory_format=_format(input)) if needs[0] or needs[2] else grad
+    dense = _layout.laid_as(grad, input) if needs[0] or needs[2] else grad
     return (
         _by_input(dense, mask, weight, padding, dilation, backend) if needs[0] else None,
         None,
@@ -361,11 +350,11 @@ def _pack_fake(weight):
 def _native_forward_fake(
     input, list, place, filter, bias, out_channels, kernel_size, padding, dilation
 ):
-    return _empty((input.shape[0], out_channels, *input.shape[2:]), input)
+    return _layout.empty((input.shape[0], out_channels, *input.shape[2:]), input)
 
 
 def _cuda_forward_fake(input, mask, filter, bias, padding, dilation, strict):
-    return _empty((input.shape[0], filter.shape[0], *input.shape[2:]), input)
+    return _layout.empty((input.shape[0], filter.shape[0], *input.shape[2:]), input)
 
 
 define("_masked_pixels(Tensor mask) -> (Tensor, Tensor)", None, _pixels_fake)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pywino import _native as native
 from pywino import backends, planner
-from pywino.ops import _packed
+from pywino.ops import _layout, _packed
 from pywino.ops._library import autocast, define, differentiable
 
 _ops = torch.ops.pywino
@@ -185,10 +185,10 @@ def gpu_forward(backend, input, filter, bias, out_channels, *where):
         kernel_size, stride, (down, right), dilation = where
         planes = F.pad(input, (right, right, down, down)).contiguous()
         output = _ops._sparse_cuda_csr.default(planes, *filter, bias, kernel_size, stride, dilation)
-        return output.contiguous(memory_format=_format(input))
+        return _layout.laid_as(output, input)
     strict = is_strict(input)
     if backend == "triton":
-        return _triton().forward(_dense(input), *filter, bias, out_channels, *where, strict)
+        return _triton().forward(_layout.dense(input), *filter, bias, out_channels, *where, strict)
     # Pixels that are whole 16 bytes, side by side, as the kernel reads them.
     behind = -input.shape[1] % (16 // input.element_size())
     pixels = F.pad(input, (0, 0, 0, 0, 0, behind)) if behind else input
@@ -200,7 +200,7 @@ def gpu_forward(backend, input, filter, bias, out_channels, *where):
         output = _ops._sparse_cuda_two_of_four.default(*arguments)
     else:
         output = _ops._sparse_cuda_forward.default(*arguments, strict)
-    return output.contiguous(memory_format=_format(input))
+    return _layout.laid_as(output, input)
 
 
 def _triton():
@@ -212,18 +212,10 @@ def native_forward(input, filter, bias, out_channels, kernel_size, stride, paddi
     if bias is not None:
         bias = bias.float().contiguous()
     where = (kernel_size, stride, padding, dilation)
-    return _ops._sparse_forward.default(_dense(input), filter, bias, out_channels, *where)
+    return _ops._sparse_forward.default(_layout.dense(input), filter, bias, out_channels, *where)
 
 
 # --- the op ---
-
-
-def _format(like):
-    return torch.channels_last if backends.is_channels_last(like) else torch.contiguous_format
-
-
-def _dense(tensor):
-    return tensor if backends.is_channels_last(tensor) else tensor.contiguous()
 
 
 def _output_size(input, weight, stride, padding, dilation):
@@ -233,10 +225,6 @@ def _output_size(input, weight, stride, padding, dilation):
         weight.shape[0],
         *((i + 2 * p - d * (r - 1) - 1) // s + 1 for i, r, s, p, d in sizes),
     )
-
-
-def _empty(size, like):
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_format(like))
 
 
 def _check(input, weight, stride, padding, dilation):
@@ -262,7 +250,7 @@ def dense_forward(input, weight, bias, stride, padding, dilation):
     if not backends.is_channels_last(input):
         weight = weight.contiguous()  # PyTorch's output is channels_last if either is
     output = torch.conv2d(input, weight, bias, stride, padding, dilation)
-    return output.contiguous(memory_format=_format(input))
+    return _layout.laid_as(output, input)
 
 
 def _forward(input, weight, bias, stride, padding, dilation, backend, kept=False):
@@ -276,12 +264,12 @@ def _forward(input, weight, bias, stride, padding, dilation, backend, kept=False
 
 def _forward_fake(input, weight, bias, stride, padding, dilation, backend, kept=False):
     _check(input, weight, stride, padding, dilation)
-    return _empty(_output_size(input, weight, stride, padding, dilation), input)
+    return _layout.empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
 def _backward_input(grad, weight, size, stride, padding, dilation, backend, kept=False):
     """With stride 1 the same convolution, of the turned filter; else PyTorch's."""
-    grad = _dense(grad)
+    grad = _layout.dense(grad)
     full = [d * (r - 1) - p for r, p, d in zip(weight.shape[2:], padding, dilation)]
     if tuple(stride) == (1, 1) and min(full) >= 0 and grad.numel() and weight.shape[1]:
         turned = weight.flip(2, 3).transpose(0, 1)
@@ -294,17 +282,17 @@ def _backward_input(grad, weight, size, stride, padding, dilation, backend, kept
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, stride, padding, dilation, False, (0, 0), 1, (True, False, False)
     )[0]
-    return gradient.contiguous(memory_format=_format(grad))
+    return _layout.laid_as(gradient, grad)
 
 
 def _backward_input_fake(grad, weight, size, stride, padding, dilation, backend, kept=False):
-    return _empty(tuple(size), grad)
+    return _layout.empty(tuple(size), grad)
 
 
 def _backward_weight(grad, input, weight, kernel_size, stride, padding, dilation, backend):
     """With a weight the gradient of what is not zero in it, and zeros."""
-    input = _dense(input)
-    grad = grad.contiguous(memory_format=_format(input))
+    input = _layout.dense(input)
+    grad = _layout.laid_as(grad, input)
     where = (stride, padding, dilation)
     if weight is not None and skips_blocks(grad, input, weight, where, backend):
         return _ops._sparse_kept_gradient.default(grad, input, weight.contiguous(), *where)
@@ -405,7 +393,7 @@ def _by_weight(ctx, grad, input, weight):
 def _gradients(ctx, grad):
     input, weight = ctx.saved_tensors
     needs, where = ctx.needs_input_grad, ctx.arguments
-    dense = grad.contiguous(memory_format=_format(input)) if needs[0] or needs[1] else grad
+    dense = _layout.laid_as(grad, input) if needs[0] or needs[1] else grad
     return (
         _ops.sparse_conv2d_backward_input(dense, weight, input.shape, *where, ctx.kept)
         if needs[0]
@@ -464,7 +452,7 @@ def _pack_fake(weight, rotate, blocks):
 
 def _native_forward_fake(input, filter, bias, out_channels, kernel_size, stride, padding, dilation):
     weight = input.new_empty(()).expand(out_channels, input.shape[1], *kernel_size)
-    return _empty(_output_size(input, weight, stride, padding, dilation), input)
+    return _layout.empty(_output_size(input, weight, stride, padding, dilation), input)
 
 
 def _csr_fake(input, values, entries, starts, bias, kernel_size, stride, dilation):

@@ -23,6 +23,7 @@ import torch
 
 from pywino import backends, planner
 from pywino.backends import Call
+from pywino.ops import _layout
 from pywino.ops._kernels import kernel_in_domain, kernel_of
 from pywino.ops._library import autocast, define, differentiable, once_differentiable
 from pywino.reference import winograd as reference
@@ -32,19 +33,6 @@ _routes = planner.memo()
 
 
 # --- shapes and layouts ---
-
-
-def _format(like):
-    return torch.channels_last if backends.is_channels_last(like) else torch.contiguous_format
-
-
-def _empty(size, like):
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_format(like))
-
-
-def _dense(tensor):
-    """What the native kernels read: the tensor itself, or a contiguous copy of a strided one."""
-    return tensor if backends.is_channels_last(tensor) else tensor.contiguous()
 
 
 def output_size(input, out_channels, padding, dilation):
@@ -158,7 +146,7 @@ def aten_forward(input, weight, bias, residual, padding, dilation, relu):
     output = torch.conv2d(input, weight, bias, 1, padding, dilation)
     if residual is not None:
         output = output.add_(residual)
-    return (output.relu_() if relu else output).contiguous(memory_format=_format(input))
+    return _layout.laid_as(output.relu_() if relu else output, input)
 
 
 def _forward_fake(
@@ -167,7 +155,7 @@ def _forward_fake(
     _check("winograd_conv2d", input, weight, padding, dilation)
     size = output_size(input, weight.shape[0], padding, dilation)
     _check_output("winograd_conv2d", size)
-    return _empty(size, input)
+    return _layout.empty(size, input)
 
 
 def _backward_input(grad, weight, padding, dilation, algorithm, backend, precision):
@@ -178,24 +166,24 @@ def _backward_input(grad, weight, padding, dilation, algorithm, backend, precisi
     if kernel:
         full = [2 * d - p for p, d in zip(padding, dilation)]
         return kernel.convolve(grad, weight, None, None, full, dilation, False, rotate=True)
-    grad = _dense(grad)
+    grad = _layout.dense(grad)
     input = grad.new_empty(1).expand(size)  # only its size is read
     gradient = torch.ops.aten.convolution_backward(
         grad, input, weight, None, (1, 1), padding, dilation, False, (0, 0), 1, (True, False, False)
     )[0]
-    return gradient.contiguous(memory_format=_format(grad))
+    return _layout.laid_as(gradient, grad)
 
 
 def _backward_input_fake(grad, weight, padding, dilation, algorithm, backend, precision):
-    return _empty(_input_size(grad, weight.shape[1], padding, dilation), grad)
+    return _layout.empty(_input_size(grad, weight.shape[1], padding, dilation), grad)
 
 
 def _backward_weight(grad, input, padding, dilation, algorithm, backend, precision):
     op = "winograd_conv2d_backward_weight"
     k, c = grad.shape[1], input.shape[1]
     kernel = _choose(op, input, *input.shape, k, padding, dilation, algorithm, backend, precision)
-    input = _dense(input)
-    grad = grad.contiguous(memory_format=_format(input))
+    input = _layout.dense(input)
+    grad = _layout.laid_as(grad, input)
     if kernel:
         return kernel.weight_gradient(grad, input, padding, dilation)
     weight = grad.new_empty(1).expand(k, c, 3, 3)
@@ -245,7 +233,7 @@ def _gradients(ctx, grad, by_input=None, by_weight=None):
     needs = ctx.needs_input_grad
     # A gradient often comes expanded or in another layout (from sum() or a reshape); what follows
     # has the input's.
-    dense = grad.contiguous(memory_format=_format(input)) if needs[0] or needs[1] else grad
+    dense = _layout.laid_as(grad, input) if needs[0] or needs[1] else grad
     return (
         by_input(dense, weight, *ctx.geometry, *ctx.choice) if needs[0] else None,
         by_weight(dense, input, *ctx.geometry, *ctx.choice) if needs[1] else None,
@@ -402,38 +390,38 @@ def _relu_forward(input, weight, bias, padding, dilation, tile, backend):
         filter = kernel.filter(weight)
         return kernel.forward(input, filter, bias, None, k, padding, dilation, False)
     output = reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
-    return output.contiguous(memory_format=_format(input))
+    return _layout.laid_as(output, input)
 
 
 def _relu_forward_fake(input, weight, bias, padding, dilation, tile, backend):
     _check("winograd_relu_conv2d", input, weight, padding, dilation, tile + 2)
     size = output_size(input, weight.shape[0], padding, dilation)
     _check_output("winograd_relu_conv2d", size)
-    return _empty(size, input)
+    return _layout.empty(size, input)
 
 
 def _relu_backward_input(grad, input, weight, padding, dilation, tile, backend):
     op = "winograd_relu_conv2d_backward_input"
-    grad = grad.contiguous(memory_format=_format(input))
+    grad = _layout.laid_as(grad, input)
     k = weight.shape[0]
     kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
     if kernel:
-        return kernel.domain_input_gradient(grad, _dense(input), weight, padding, dilation)
+        return kernel.domain_input_gradient(grad, _layout.dense(input), weight, padding, dilation)
     gradient = reference.winograd_relu_backward_input(grad, input, weight, padding, dilation, tile)
-    return gradient.contiguous(memory_format=_format(input))
+    return _layout.laid_as(gradient, input)
 
 
 def _relu_backward_input_fake(grad, input, weight, padding, dilation, tile, backend):
-    return _empty(input.shape, input)
+    return _layout.empty(input.shape, input)
 
 
 def _relu_backward_weight(grad, input, padding, dilation, tile, backend):
     op = "winograd_relu_conv2d_backward_weight"
-    grad = grad.contiguous(memory_format=_format(input))
+    grad = _layout.laid_as(grad, input)
     k = grad.shape[1]
     kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
     if kernel:
-        return kernel.weight_gradient(grad, _dense(input), padding, dilation)
+        return kernel.weight_gradient(grad, _layout.dense(input), padding, dilation)
     return reference.winograd_relu_backward_weight(
         grad, input, padding, dilation, tile
     ).contiguous()
@@ -578,13 +566,13 @@ def _sparse_packed_fake(weight, *arguments):
 def _native_forward_fake(
     input, filter, bias, residual, out_channels, tile, padding, dilation, relu, winograd_relu, fast
 ):
-    return _empty(output_size(input, out_channels, padding, dilation), input)
+    return _layout.empty(output_size(input, out_channels, padding, dilation), input)
 
 
 def _native_forward_mean_fake(
     input, gate, filter, bias, out_channels, tile, padding, dilation, fast
 ):
-    output = _empty(output_size(input, out_channels, padding, dilation), input)
+    output = _layout.empty(output_size(input, out_channels, padding, dilation), input)
     return output, input.new_empty(output.shape[:2], dtype=torch.float32)
 
 
@@ -592,12 +580,12 @@ def _native_convolve_fake(
     input, weight, bias, residual, tile, padding, dilation, relu, rotate, fast
 ):
     k = weight.shape[1 if rotate else 0]
-    return _empty(output_size(input, k, padding, dilation), input)
+    return _layout.empty(output_size(input, k, padding, dilation), input)
 
 
 def _native_conv_lstm_fake(input, hidden, cell, filter, bias, channels, tile, fast):
     size = (input.shape[0], channels, *input.shape[2:])
-    return _empty(size, input), _empty(size, input)
+    return _layout.empty(size, input), _layout.empty(size, input)
 
 
 def _native_backward_weight_fake(grad, input, tile, padding, dilation, spatial, winograd_relu):
@@ -606,7 +594,7 @@ def _native_backward_weight_fake(grad, input, tile, padding, dilation, spatial, 
 
 
 def _native_domain_backward_input_fake(grad, input, filter, tile, padding, dilation, winograd_relu):
-    return _empty(input.shape, input)
+    return _layout.empty(input.shape, input)
 
 
 define(
