@@ -273,7 +273,7 @@ struct Loop {
   static void body(void* arg) {
     Derived& d = *static_cast<Derived*>(arg);
     for (;;) {
-      const int64_t i = __atomic_fetch_add(&d.next, 1, __ATOMIC_RELAXED);
+      const int64_t i = take(&d.next);
       if (i >= d.count) return;
       d.step(i);
     }
@@ -398,21 +398,13 @@ Status backward_as(const BackwardParams& p, const Executor& executor) {
 }
 
 Status run_forward(const ForwardParams& params, const Executor& executor) {
-  switch (params.shape.dtype) {
-    case DType::f32: return forward_as<float>(params, executor);
-    case DType::bf16: return forward_as<bf16>(params, executor);
-    case DType::f16: return forward_as<f16>(params, executor);
-  }
-  return Status::unsupported;
+  return with_dtype(params.shape.dtype,
+                    [&](auto element) { return forward_as<decltype(element)>(params, executor); });
 }
 
 Status run_backward(const BackwardParams& params, const Executor& executor) {
-  switch (params.shape.dtype) {
-    case DType::f32: return backward_as<float>(params, executor);
-    case DType::bf16: return backward_as<bf16>(params, executor);
-    case DType::f16: return backward_as<f16>(params, executor);
-  }
-  return Status::unsupported;
+  return with_dtype(params.shape.dtype,
+                    [&](auto element) { return backward_as<decltype(element)>(params, executor); });
 }
 
 }  // namespace

@@ -1,27 +1,44 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Names of the copies of a kernel table, one for each instruction set that was built.
+// Names of the copies of a kernel table, one for each instruction set that was built, and the choice between them.
 #pragma once
+
+#include "isa.h"
 
 #define PYWINO_JOIN_(a, b) a##b
 #define PYWINO_JOIN(a, b) PYWINO_JOIN_(a, b)
 // In a cpu*.cpp: the name of this copy.
 #define PYWINO_ISA_NAME(name) PYWINO_JOIN(name, PYWINO_ISA)
 
-// what(isa) for each of them.
+// what(isa, Type, name) for each of them.
 #ifdef PYWINO_HAVE_AVX512BF16
-#define PYWINO_AVX512BF16(what) what(avx512bf16)
+#define PYWINO_AVX512BF16(what, Type, name) what(avx512bf16, Type, name)
 #else
-#define PYWINO_AVX512BF16(what)
+#define PYWINO_AVX512BF16(what, Type, name)
 #endif
 #ifdef PYWINO_HAVE_AVX512
-#define PYWINO_AVX512(what) what(avx512)
+#define PYWINO_AVX512(what, Type, name) what(avx512, Type, name)
 #else
-#define PYWINO_AVX512(what)
+#define PYWINO_AVX512(what, Type, name)
 #endif
 #ifdef PYWINO_HAVE_AVX2
-#define PYWINO_AVX2(what) what(avx2)
+#define PYWINO_AVX2(what, Type, name) what(avx2, Type, name)
 #else
-#define PYWINO_AVX2(what)
+#define PYWINO_AVX2(what, Type, name)
 #endif
-#define PYWINO_EACH_ISA(what) \
-  what(portable) PYWINO_AVX2(what) PYWINO_AVX512(what) PYWINO_AVX512BF16(what)
+#define PYWINO_EACH_ISA(what, Type, name)                                                  \
+  what(portable, Type, name) PYWINO_AVX2(what, Type, name) PYWINO_AVX512(what, Type, name) \
+      PYWINO_AVX512BF16(what, Type, name)
+
+#define PYWINO_DECLARE_COPY(set, Type, name) extern const Type name##_##set;
+#define PYWINO_CASE_OF_COPY(set, Type, name) \
+  case Isa::set: return name##_##set;
+
+// In a dispatch.cpp: declares the copies of a table and defines name(), the one for the instruction set in force.
+#define PYWINO_CHOOSE_COPY(Type, name)                 \
+  PYWINO_EACH_ISA(PYWINO_DECLARE_COPY, Type, name)     \
+  static const Type& name() {                          \
+    switch (isa()) {                                   \
+      PYWINO_EACH_ISA(PYWINO_CASE_OF_COPY, Type, name) \
+      default: return name##_portable;                 \
+    }                                                  \
+  }

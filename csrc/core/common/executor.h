@@ -2,6 +2,10 @@
 // How a kernel gets its threads: the binding passes torch's pool, a test a plain loop.
 #pragma once
 
+#include <cstdint>
+
+#include "inline.h"
+
 namespace pywino {
 
 struct Executor {
@@ -11,4 +15,12 @@ struct Executor {
   int threads;
 };
 
+namespace {
+
+// The counter: each piece of work is given out once, to whoever asks next.
+PYWINO_INLINE int64_t take(int64_t* counter) {
+  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
+
+}  // namespace
 }  // namespace pywino

@@ -63,7 +63,8 @@ void multiply(int64_t depth, const float* __restrict v, const float* __restrict 
       int k = 0;
       for (; k + 4 <= most; k += 4) {
         fetch(ahead, (done + c + k) / 4);
-        PYWINO_UNROLL for (int i = 0; i < 4; ++i, u += NR * kLanes) {
+        // Unrolled, GCC mixes the four and keeps some of the sums in memory.
+        PYWINO_ROLLED for (int i = 0; i < 4; ++i, u += NR * kLanes) {
           if (kFetchesNear && NR > 1) prefetch(v + (MR + k + i) * kLanes);
           rank_one<E>(sum, v + k + i, u);
         }

@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
 #include "inline.h"
 
 #define PYWINO_UNROLL _Pragma("GCC unroll 64")
@@ -44,6 +45,35 @@ struct f16 {
   uint16_t bits;
 };
 
+// use(T{}), T being the type of a tensor's numbers.
+template <typename Use>
+auto with_dtype(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::bf16: return use(bf16{});
+    case DType::f16: return use(f16{});
+    default: return use(float{});
+  }
+}
+
+// --- small arithmetic, here because std::min is an inline function with external linkage ------------------------------------
+template <typename I>
+PYWINO_INLINE I min(I a, I b) {
+  return a < b ? a : b;
+}
+template <typename I>
+PYWINO_INLINE I max(I a, I b) {
+  return a < b ? b : a;
+}
+template <typename I>
+PYWINO_INLINE I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+template <typename I>
+PYWINO_INLINE I round_up(I a, I b) {
+  return ceil_div(a, b) * b;
+}
+
+// --- whole vectors ------------------------------------------------------------------------------------------------------------
 PYWINO_INLINE vec zero() { return vec{}; }
 PYWINO_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 PYWINO_INLINE void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
@@ -71,6 +101,15 @@ PYWINO_INLINE void stream(float* p, vec v) {
   store(p, v);
 #endif
 }
+
+// Vector n of a row, at `to`, where many lines are written by turns: of two vectors the first waits, as number `line` of those
+// that do, for the second.
+PYWINO_INLINE void stream_line(float* to, vec v, int64_t n, float* waiting, int64_t line) {
+  if (kVectorsOfLine == 2 && n % 2 == 0) return store(waiting + line * kLanes, v);
+  if (kVectorsOfLine == 2) stream(to - kLanes, load(waiting + line * kLanes));
+  stream(to, v);
+}
+constexpr int waiting_floats(int lines) { return kVectorsOfLine == 2 ? lines * kLanes : 1; }
 
 PYWINO_INLINE vec multiply_add(vec sum, vec a, vec b, float) { return sum + a * b; }
 
@@ -222,6 +261,14 @@ PYWINO_INLINE vec load_part(const bf16* p, int lo, int hi) {
 PYWINO_INLINE vec load_part(const f16* p, int lo, int hi) {
   return from_f16(load_half_part(p, lo, hi));
 }
+// Columns x, x + 1, ... of a row of `width`; zero where there are none.
+template <typename T>
+PYWINO_INLINE vec load_columns(const T* row, int64_t x, int64_t width) {
+  if (x >= 0 && x + kLanes <= width) return load(row + x);
+  const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x)));
+  const int hi = int(max<int64_t>(0, min<int64_t>(kLanes, width - x)));
+  return lo < hi ? load_part(row + x, lo, hi) : zero();
+}
 PYWINO_INLINE void store_part(bf16* p, vec v, int lo, int hi) {
   store_half_part(p, to_bf16(v), lo, hi);
 }
@@ -327,24 +374,6 @@ PYWINO_INLINE void transpose(vec* r) {
       r[j][i] = x;
     }
 #endif
-}
-
-// --- small arithmetic, here because std::min is an inline function with external linkage ------------------------------------
-template <typename I>
-PYWINO_INLINE I min(I a, I b) {
-  return a < b ? a : b;
-}
-template <typename I>
-PYWINO_INLINE I max(I a, I b) {
-  return a < b ? b : a;
-}
-template <typename I>
-PYWINO_INLINE I ceil_div(I a, I b) {
-  return (a + b - 1) / b;
-}
-template <typename I>
-PYWINO_INLINE I round_up(I a, I b) {
-  return ceil_div(a, b) * b;
 }
 
 }  // namespace

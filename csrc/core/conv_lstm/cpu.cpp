@@ -93,7 +93,7 @@ struct Run {
     const int64_t across = ceil_div(run.width, run.column_step),
                   tasks = ceil_div(run.rows, run.row_step) * across;
     for (;;) {
-      const int64_t task = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED);
+      const int64_t task = take(&run.next);
       if (task >= tasks) return;
       const int64_t first = task / across * run.row_step, column = task % across * run.column_step;
       for (int64_t row = first; row < min(first + run.row_step, run.rows); ++row)
@@ -147,21 +147,13 @@ Status backward_as(const BackwardParams& p, const Executor& executor) {
 }
 
 Status run_forward(const ForwardParams& params, const Executor& executor) {
-  switch (params.shape.dtype) {
-    case DType::f32: return forward_as<float>(params, executor);
-    case DType::bf16: return forward_as<bf16>(params, executor);
-    case DType::f16: return forward_as<f16>(params, executor);
-  }
-  return Status::unsupported;
+  return with_dtype(params.shape.dtype,
+                    [&](auto element) { return forward_as<decltype(element)>(params, executor); });
 }
 
 Status run_backward(const BackwardParams& params, const Executor& executor) {
-  switch (params.shape.dtype) {
-    case DType::f32: return backward_as<float>(params, executor);
-    case DType::bf16: return backward_as<bf16>(params, executor);
-    case DType::f16: return backward_as<f16>(params, executor);
-  }
-  return Status::unsupported;
+  return with_dtype(params.shape.dtype,
+                    [&](auto element) { return backward_as<decltype(element)>(params, executor); });
 }
 
 }  // namespace

@@ -3,21 +3,7 @@
 
 namespace pywino::conv_lstm {
 
-#define PYWINO_DECLARE(name) extern const Kernels kernels_##name;
-PYWINO_EACH_ISA(PYWINO_DECLARE)
-
-namespace {
-
-#define PYWINO_CASE(name) \
-  case Isa::name: return kernels_##name;
-const Kernels& kernels() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_CASE)
-    default: return kernels_portable;
-  }
-}
-
-}  // namespace
+PYWINO_CHOOSE_COPY(Kernels, kernels)
 
 Status forward(const ForwardParams& params, const Executor& executor) {
   return kernels().forward(params, executor);

@@ -25,8 +25,6 @@ constexpr int64_t kSlice = int64_t(1) << 20;  // bytes of an NCHW output that ar
 constexpr int64_t kStreamBytes = int64_t(4) << 20;
 constexpr int kRowsPerTask = 256;  // pixels whose channels are gathered at a time (NCHW)
 
-PYWINO_INLINE int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
-
 template <typename T>
 struct Run {
   const ForwardParams& params;
@@ -225,12 +223,9 @@ struct Run {
 };
 
 Status run_forward(const ForwardParams& params, const Executor& executor) {
-  switch (params.geometry.dtype) {
-    case DType::f32: return Run<float>(params, executor.threads)(executor);
-    case DType::bf16: return Run<bf16>(params, executor.threads)(executor);
-    case DType::f16: return Run<f16>(params, executor.threads)(executor);
-  }
-  return Status::ok;
+  return with_dtype(params.geometry.dtype, [&](auto element) {
+    return Run<decltype(element)>(params, executor.threads)(executor);
+  });
 }
 
 // --- the filter ---
@@ -254,16 +249,12 @@ void pack_typed(const FilterParams& p, float* packed) {
 }
 
 void pack_filter(const FilterParams& p, float* packed) {
-  switch (p.dtype) {
-    case DType::f32: return pack_typed<float>(p, packed);
-    case DType::bf16: return pack_typed<bf16>(p, packed);
-    case DType::f16: return pack_typed<f16>(p, packed);
-  }
+  with_dtype(p.dtype, [&](auto element) { pack_typed<decltype(element)>(p, packed); });
 }
 
 }  // namespace
 
-extern const Kernels PYWINO_ISA_NAME(masked_conv_kernels_);
-const Kernels PYWINO_ISA_NAME(masked_conv_kernels_) = {run_forward, packed_size, pack_filter};
+extern const Kernels PYWINO_ISA_NAME(kernels_);
+const Kernels PYWINO_ISA_NAME(kernels_) = {run_forward, packed_size, pack_filter};
 
 }  // namespace pywino::masked_conv

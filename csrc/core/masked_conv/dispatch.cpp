@@ -3,21 +3,7 @@
 
 namespace pywino::masked_conv {
 
-#define PYWINO_DECLARE(name) extern const Kernels masked_conv_kernels_##name;
-PYWINO_EACH_ISA(PYWINO_DECLARE)
-
-namespace {
-
-#define PYWINO_KERNELS(name) \
-  case Isa::name: return masked_conv_kernels_##name;
-const Kernels& kernels() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_KERNELS)
-    default: return masked_conv_kernels_portable;
-  }
-}
-
-}  // namespace
+PYWINO_CHOOSE_COPY(Kernels, kernels)
 
 Status forward(const ForwardParams& params, const Executor& executor) {
   return kernels().forward(params, executor);

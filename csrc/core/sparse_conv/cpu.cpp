@@ -24,10 +24,6 @@
 namespace pywino::sparse_conv {
 namespace {
 
-PYWINO_INLINE int64_t take(int64_t* counter) {
-  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-}
-
 // --- the packed filter ------------------------------------------------------------------------------------------------------
 //   header   16 words
 //   starts   lists + 1: list i is the entries starts[i] .. starts[i + 1] - 1
@@ -356,24 +352,17 @@ struct Run {
   }
 
   // L numbers of a row from column x on, zero outside.
-  PYWINO_INLINE vec load_columns(const T* in, int64_t x) const {
-    if (x >= 0 && x + kLanes <= g.w) return load(in + x);
-    const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x)));
-    const int hi = int(max<int64_t>(0, min<int64_t>(kLanes, g.w - x)));
-    return lo < hi ? load_part(in + x, lo, hi) : zero();
-  }
-
   // Every stride-th number of a row, from column x on, zero outside; of each image that lanes [0, all) are of.
   void load_row(const T* in, int all, int64_t x, float* to) const {
     const int64_t image = g.c * g.h * g.w;
     if (g.stride_w == 1 && vector_step == kLanes) {
-      for (int64_t q = 0; q < columns; q += kLanes) store(to + q, load_columns(in, x + q));
+      for (int64_t q = 0; q < columns; q += kLanes) store(to + q, load_columns(in, x + q, g.w));
     } else if (g.stride_w == 1) {
       for (int64_t q = 0; q < vectors; q += kLanes) {
         vec r[kLanes];
         for (int l = 0; l < kLanes; ++l)
           r[l] = One || l < all
-                     ? load_columns(in + image_of(l) * image, x + segment(l) * lane_step + q)
+                     ? load_columns(in + image_of(l) * image, x + segment(l) * lane_step + q, g.w)
                      : zero();
         transpose(r);
         for (int i = 0; i < min<int64_t>(kLanes, vectors - q); ++i)
@@ -590,15 +579,6 @@ struct Run {
   }
 };
 
-template <typename Use>
-auto with_dtype(DType dtype, const Use& use) {
-  switch (dtype) {
-    case DType::bf16: return use(bf16{});
-    case DType::f16: return use(f16{});
-    default: return use(float{});
-  }
-}
-
 Status run_forward(const ForwardParams& params, const Executor& executor) {
   const Header& header = *reinterpret_cast<const Header*>(params.filter);
   const Filter filter(params.filter, Pattern(header.pattern), header.out_channels,
@@ -745,8 +725,7 @@ bool fits(const int32_t* packed, int64_t words, const Geometry& g) {
 
 }  // namespace
 
-extern const Kernels PYWINO_ISA_NAME(sparse_conv_kernels_);
-const Kernels PYWINO_ISA_NAME(sparse_conv_kernels_) = {run_forward, packed_words, write_packed,
-                                                       fits};
+extern const Kernels PYWINO_ISA_NAME(kernels_);
+const Kernels PYWINO_ISA_NAME(kernels_) = {run_forward, packed_words, write_packed, fits};
 
 }  // namespace pywino::sparse_conv

@@ -19,10 +19,6 @@
 namespace pywino::sparse_conv {
 namespace {
 
-PYWINO_INLINE int64_t take(int64_t* counter) {
-  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-}
-
 constexpr int kMostRows = 8, kMostTaps = 4;  // of taps, and in one of them, in registers at once
 constexpr int kSums = kRegisters == 32 ? 24 : 12;  // vectors of sums in registers
 constexpr int64_t kCut = 128;                      // most terms of a partial sum
@@ -140,13 +136,6 @@ struct Gradient {
 
   // --- load ---
   // L numbers of a row of planes from column x on, zero outside of the image.
-  PYWINO_INLINE vec load_columns(const T* in, int64_t x, int64_t width) const {
-    if (x >= 0 && x + kLanes <= width) return load(in + x);
-    const int lo = int(max<int64_t>(0, min<int64_t>(kLanes, -x)));
-    const int hi = int(max<int64_t>(0, min<int64_t>(kLanes, width - x)));
-    return lo < hi ? load_part(in + x, lo, hi) : zero();
-  }
-
   // A vector of channels of the slab: P[c .. c + L].
   void load_input(int64_t c) {
     const int lanes = int(min<int64_t>(kLanes, g.c - c));
@@ -315,16 +304,14 @@ struct Gradient {
 };
 
 Status run_gradient(const GradientParams& params, const Executor& executor) {
-  switch (params.geometry.dtype) {
-    case DType::bf16: return Gradient<bf16>(params, executor.threads)(executor);
-    case DType::f16: return Gradient<f16>(params, executor.threads)(executor);
-    default: return Gradient<float>(params, executor.threads)(executor);
-  }
+  return with_dtype(params.geometry.dtype, [&](auto element) {
+    return Gradient<decltype(element)>(params, executor.threads)(executor);
+  });
 }
 
 }  // namespace
 
-extern const GradientKernel PYWINO_ISA_NAME(sparse_conv_gradient_);
-const GradientKernel PYWINO_ISA_NAME(sparse_conv_gradient_) = run_gradient;
+extern const GradientKernel PYWINO_ISA_NAME(gradient_kernel_);
+const GradientKernel PYWINO_ISA_NAME(gradient_kernel_) = run_gradient;
 
 }  // namespace pywino::sparse_conv

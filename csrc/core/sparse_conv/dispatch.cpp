@@ -3,32 +3,8 @@
 
 namespace pywino::sparse_conv {
 
-#define PYWINO_DECLARE(name)                       \
-  extern const Kernels sparse_conv_kernels_##name; \
-  extern const GradientKernel sparse_conv_gradient_##name;
-PYWINO_EACH_ISA(PYWINO_DECLARE)
-
-namespace {
-
-#define PYWINO_KERNELS(name) \
-  case Isa::name: return sparse_conv_kernels_##name;
-const Kernels& kernels() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_KERNELS)
-    default: return sparse_conv_kernels_portable;
-  }
-}
-
-#define PYWINO_GRADIENT(name) \
-  case Isa::name: return sparse_conv_gradient_##name;
-GradientKernel gradient_kernel() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_GRADIENT)
-    default: return sparse_conv_gradient_portable;
-  }
-}
-
-}  // namespace
+PYWINO_CHOOSE_COPY(Kernels, kernels)
+PYWINO_CHOOSE_COPY(GradientKernel, gradient_kernel)
 
 Status kept_gradient(const GradientParams& params, const Executor& executor) {
   return gradient_kernel()(params, executor);

@@ -17,10 +17,6 @@
 namespace pywino::winograd {
 namespace {
 
-PYWINO_INLINE int64_t fetch_add(int64_t* counter) {
-  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-}
-
 // Part i of n things cut into `parts` nearly equal parts.
 PYWINO_INLINE int64_t part_begin(int64_t n, int64_t parts, int64_t i) {
   return n / parts * i + min(i, n % parts);
@@ -207,7 +203,7 @@ struct WeightGradient {
     }
     float* d = v + A2 * run.stride_v;
     const int64_t tasks = run.blocks_c * run.blocks_k * run.slices;
-    for (int64_t task = fetch_add(&run.next); task < tasks; task = fetch_add(&run.next)) {
+    for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
       const int64_t job = task / run.slices, bc = job / run.blocks_k, bk = job % run.blocks_k;
       float* sum = run.slices == 1 ? v + patches : run.partial + task * run.sum_floats;
       run.sums(bc, bk, task % run.slices, v, d, sum);
@@ -220,7 +216,7 @@ struct WeightGradient {
     WeightGradient& run = *static_cast<WeightGradient*>(arg);
     const int64_t most = ceil_div<int64_t>(kChannelBlock, kRows2) + 1,
                   tasks = run.blocks_c * run.blocks_k * most;
-    for (int64_t task = fetch_add(&run.next); task < tasks; task = fetch_add(&run.next)) {
+    for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
       const int64_t job = task / most, bc = job / run.blocks_k;
       if (task % most < run.groups_of(bc))
         run.finish(bc, job % run.blocks_k, int(task % most),
@@ -314,7 +310,7 @@ struct DomainInputGradient {
       return;
     }
     const int64_t tasks = run.g.input.n * run.shares;
-    for (int64_t task = fetch_add(&run.next); task < tasks; task = fetch_add(&run.next)) {
+    for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
       const int64_t share = task % run.shares;
       run.image(task / run.shares, part_begin(run.panels, run.shares, share),
                 part_begin(run.panels, run.shares, share + 1), d, d + A2 * run.stride_d);
@@ -330,24 +326,13 @@ struct DomainInputGradient {
 };
 
 // --- by tile and dtype --------------------------------------------------------------------------------------------------------------
-template <template <int, typename> class Run, int M, typename Params>
-Status run_tile(const Params& params, const Executor& executor) {
-  switch (params.geometry.dtype) {
-    case DType::f32: return Run<M, float>(params, executor.threads)(executor);
-    case DType::bf16: return Run<M, bf16>(params, executor.threads)(executor);
-    case DType::f16: return Run<M, f16>(params, executor.threads)(executor);
-  }
-  return Status::unsupported;
-}
-
 template <template <int, typename> class Run, typename Params>
 Status run(const Params& params, const Executor& executor) {
-  switch (params.geometry.tile) {
-    case 2: return run_tile<Run, 2>(params, executor);
-    case 4: return run_tile<Run, 4>(params, executor);
-    case 6: return run_tile<Run, 6>(params, executor);
-  }
-  return Status::unsupported;
+  return with_tile(params.geometry.tile, [&](auto tile) {
+    return with_dtype(params.geometry.dtype, [&](auto element) {
+      return Run<tile.m, decltype(element)>(params, executor.threads)(executor);
+    });
+  });
 }
 
 }  // namespace

@@ -65,14 +65,12 @@ struct FilterRun {
     FilterRun& run = *static_cast<FilterRun*>(arg);
     const int64_t panels = ceil_div<int64_t>(run.K, kPanel),
                   parts = ceil_div<int64_t>(run.C, kKernelsPerTask);
-    for (int64_t task = run.take(); task < panels * parts; task = run.take()) {
+    for (int64_t task = take(&run.next); task < panels * parts; task = take(&run.next)) {
       const int64_t panel = task / parts, c0 = task % parts * kKernelsPerTask;
       run.kernels(panel, c0, min(c0 + kKernelsPerTask, run.C),
                   run.p.packed + panel * run.panel_floats(), run.depth() * run.width(panel));
     }
   }
-
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 
   int64_t depth() const {
 #if defined(__AVX512BF16__)
@@ -87,7 +85,7 @@ struct FilterRun {
   // Kernels (k, c) of the k of one panel, to where its positions lie `pitch` floats apart.
   void kernels(int64_t panel, int64_t c0, int64_t c1, float* to, int64_t pitch) const {
     // The first half of each line waits for the second, where U is streamed.
-    alignas(64) float waiting[kVectorsOfLine > 1 ? kKernelsPerTask * A * A * kLanes : 1];
+    alignas(64) float waiting[waiting_floats(kKernelsPerTask * A * A)];
     for (int64_t vector = 2 * panel; vector < min(2 * panel + 2, channel_blocks(K)); ++vector)
       kernels_of(vector, c0, c1, to, pitch, waiting);
   }
@@ -146,8 +144,7 @@ struct FilterRun {
               g[i * size + j][lane] = lane < lanes ? get(from + lane * stride_k + at(i, j)) : 0.f;
       }
       if (p.spatial) transform(g);
-      write(g, vector, c, panel, pitch,
-            waiting + (kVectorsOfLine > 1 ? c % kKernelsPerTask * A * A * kLanes : 0));
+      write(g, vector, c, panel, pitch, waiting);
     }
   }
 
@@ -173,14 +170,10 @@ struct FilterRun {
     for (int xi = 0; xi < A * A; ++xi) {
       // The rows of U lie C * width apart, often a multiple of 4 KB: ordinary stores of a large U would evict one another.
       float* row = panel + xi * pitch + c * width + first;
-      if (!p.stream || width < kVectorsOfLine * kLanes) {
+      if (p.stream && width >= kVectorsOfLine * kLanes)
+        stream_line(row, load(g[xi]), vector, waiting, c % kKernelsPerTask * A * A + xi);
+      else
         store(row, load(g[xi]));
-      } else if (kVectorsOfLine > 1 && first == 0) {
-        store(waiting + xi * kLanes, load(g[xi]));
-      } else {
-        if (kVectorsOfLine > 1) stream(row - kLanes, load(waiting + xi * kLanes));
-        stream(row, load(g[xi]));
-      }
     }
   }
 
@@ -326,11 +319,14 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
                 filter_bytes = a2 * g.input.c * K * element,
                 v_bytes = a2 * round_up<int64_t>(g.input.c, kLanes) * element;  // of a tile
   const auto m_bytes = [&](int panels) { return a2 * min<int64_t>(panels * kPanel, K) * 4; };
-  // Each thread reads the whole filter once per chunk: with a filter beyond the second-level cache a chunk of four register
-  // blocks instead of two halves that; of the smaller blocks of fewer registers, six, where V is read from afar anyway. Fewer
-  // tiles than that, and reading the filter is what counts.
-  const bool large = filter_bytes > (int64_t(1) << 20) && !lstm;
-  const int blocks = !large ? 2 : kSmallCache && g.input.c >= 256 ? 6 : 4;
+  // A chunk is some register blocks of tiles. A filter that leaves room for V and M in the second-level cache stays there beside
+  // two blocks, or one. A larger one each thread reads once per chunk, from afar: two blocks, whose V and M stay near; more where
+  // they would not anyway (256 channels), and where a block has few registers. Fewer tiles than that, and reading the filter is
+  // what counts.
+  const bool large = filter_bytes > (int64_t(1) << 20) && !lstm, deep = g.input.c >= 256;
+  const bool two =
+      kSmallCache || lstm || filter_bytes + 2 * rows * (v_bytes + m_bytes(1)) <= kCacheBytes;
+  const int blocks = !large ? (two ? 2 : 1) : kSmallCache ? (deep ? 6 : 4) : (deep ? 4 : 2);
   const auto chunk = [&](int panels) {
     const int64_t bytes = v_bytes + m_bytes(panels) + (lstm ? g.tile * g.tile * K * 4 : 0);
     return int(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(blocks) * rows));
@@ -389,8 +385,6 @@ struct Run {
   int64_t v_bytes = 0, m_bytes = 0, gates_bytes = 0;
   int64_t u_bytes = 0;  // of a panel, where each thread makes its own
 
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-
   const float* filter_of(int64_t panel) const {
     return job.params.filter + panel * panel_bytes<E>(job.geometry) / int64_t(sizeof(float));
   }
@@ -413,7 +407,7 @@ struct Run {
       run.failed = true;
       return;
     }
-    for (int64_t chunk = run.take(); chunk < run.chunks; chunk = run.take()) {
+    for (int64_t chunk = take(&run.next); chunk < run.chunks; chunk = take(&run.next)) {
       int64_t begin, end, next_begin, next_end;
       run.chunk_bounds(chunk, &begin, &end);
       Prefetch<M, T> ahead;
@@ -445,7 +439,7 @@ struct Run {
     const Groups groups(run.tiles, run.job.rows);
     const int64_t parts = ceil_div<int64_t>(run.job.blocks, kBlocksPerTask),
                   tasks = parts * ceil_div(run.tiles, kTilesPerTask);
-    for (int64_t task = run.take(); task < tasks; task = run.take()) {
+    for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
       const int t0 = int(task / parts) * kTilesPerTask;
       const int64_t b0 = task % parts * kBlocksPerTask;
       input_stage<M>(run.job, run.first, t0, min(t0 + kTilesPerTask, run.tiles), groups, b0,
@@ -464,7 +458,7 @@ struct Run {
     float* own = reinterpret_cast<float*>(reinterpret_cast<char*>(m) + run.m_bytes);
     const int splits = min(run.splits, groups.count);
     Prefetch<M, T> nothing;
-    for (int64_t task = run.take(); task < run.panels * splits; task = run.take()) {
+    for (int64_t task = take(&run.next); task < run.panels * splits; task = take(&run.next)) {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
       const int64_t panel = task / splits;
@@ -567,24 +561,13 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   return status;
 }
 
-template <int M, typename E>
-Status forward_typed(const ForwardParams& params, const Executor& executor) {
-  switch (params.geometry.dtype) {
-    case DType::f32: return forward_as<M, float, E>(params, executor);
-    case DType::bf16: return forward_as<M, bf16, E>(params, executor);
-    case DType::f16: return forward_as<M, f16, E>(params, executor);
-  }
-  return Status::unsupported;
-}
-
-template <int M>
-Status forward_tile(const ForwardParams& params, const Executor& executor) {
-  if (!params.fast) return forward_typed<M, float>(params, executor);
-#if defined(__AVX512BF16__)
-  return forward_typed<M, bf16_operand>(params, executor);
-#else
-  return Status::unsupported;
-#endif
+template <typename E>
+Status forward_in(const ForwardParams& params, const Executor& executor) {
+  return with_tile(params.geometry.tile, [&](auto tile) {
+    return with_dtype(params.geometry.dtype, [&](auto element) {
+      return forward_as<tile.m, decltype(element), E>(params, executor);
+    });
+  });
 }
 
 bool run_takes_weight(const Geometry& g, bool fast, int threads) {
@@ -595,26 +578,12 @@ bool run_takes_weight(const Geometry& g, bool fast, int threads) {
 }
 
 Status run_forward(const ForwardParams& params, const Executor& executor) {
-  switch (params.geometry.tile) {
-    case 2: return forward_tile<2>(params, executor);
-    case 4: return forward_tile<4>(params, executor);
-    case 6: return forward_tile<6>(params, executor);
-  }
+  if (!params.fast) return forward_in<float>(params, executor);
+#if defined(__AVX512BF16__)
+  return forward_in<bf16_operand>(params, executor);
+#else
   return Status::unsupported;
-}
-
-template <int M>
-Status filter_tile(const FilterParams& p, const Executor& executor) {
-  auto run = [&](auto typed) {
-    executor.run(executor.threads, typed.body, &typed);
-    return Status::ok;
-  };
-  switch (p.dtype) {
-    case DType::f32: return run(FilterRun<M, float>(p));
-    case DType::bf16: return run(FilterRun<M, bf16>(p));
-    case DType::f16: return run(FilterRun<M, f16>(p));
-  }
-  return Status::unsupported;
+#endif
 }
 
 Status run_filter(const FilterParams& params, const Executor& executor) {
@@ -622,12 +591,13 @@ Status run_filter(const FilterParams& params, const Executor& executor) {
   p.stream = !p.fast &&
              packed_size(p.out_channels, p.in_channels, p.tile, false) * 4 > (int64_t(1) << 20) &&
              reinterpret_cast<uintptr_t>(p.packed) % (4 * kVectorsOfLine * kLanes) == 0;
-  switch (p.tile) {
-    case 2: return filter_tile<2>(p, executor);
-    case 4: return filter_tile<4>(p, executor);
-    case 6: return filter_tile<6>(p, executor);
-  }
-  return Status::unsupported;
+  return with_tile(p.tile, [&](auto tile) {
+    return with_dtype(p.dtype, [&](auto element) {
+      FilterRun<tile.m, decltype(element)> run(p);
+      executor.run(executor.threads, run.body, &run);
+      return Status::ok;
+    });
+  });
 }
 
 }  // namespace

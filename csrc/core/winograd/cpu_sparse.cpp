@@ -32,10 +32,6 @@ namespace {
 
 using Filter = SparseView<const int32_t>;
 
-PYWINO_INLINE int64_t take(int64_t* counter) {
-  return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-}
-
 // Units of output channels of which M holds the products at once.
 struct Panel {
   int64_t begin, end;
@@ -509,24 +505,13 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
              : forward_format<M, T, Lists>(params, filter, header.entries, executor);
 }
 
-template <int M>
-Status forward_tile(const ForwardParams& params, const Executor& executor) {
-  switch (params.geometry.dtype) {
-    case DType::f32: return forward_as<M, float>(params, executor);
-    case DType::bf16: return forward_as<M, bf16>(params, executor);
-    case DType::f16: return forward_as<M, f16>(params, executor);
-  }
-  return Status::unsupported;
-}
-
 Status run_forward(const ForwardParams& params, const Executor& executor) {
   if (params.fast) return Status::unsupported;
-  switch (params.geometry.tile) {
-    case 2: return forward_tile<2>(params, executor);
-    case 4: return forward_tile<4>(params, executor);
-    case 6: return forward_tile<6>(params, executor);
-  }
-  return Status::unsupported;
+  return with_tile(params.geometry.tile, [&](auto tile) {
+    return with_dtype(params.geometry.dtype, [&](auto element) {
+      return forward_as<tile.m, decltype(element)>(params, executor);
+    });
+  });
 }
 
 // --- input gradient -----------------------------------------------------------------------------------------------------------
@@ -664,28 +649,18 @@ struct SparseInputGradient {
   }
 };
 
-template <int M>
-Status input_gradient_tile(const DomainInputGradientParams& params, const Executor& executor) {
-  const Geometry& g = params.geometry;
-  const Filter filter(params.sparse_filter, Pattern::unstructured, g.input.c, g.out_channels, M);
-  const int64_t n = reinterpret_cast<const SparseHeader*>(params.sparse_filter)->entries;
-  switch (g.dtype) {
-    case DType::f32: return SparseInputGradient<M, float>(params, filter, n, executor)();
-    case DType::bf16: return SparseInputGradient<M, bf16>(params, filter, n, executor)();
-    case DType::f16: return SparseInputGradient<M, f16>(params, filter, n, executor)();
-  }
-  return Status::unsupported;
-}
-
 Status run_input_gradient(const DomainInputGradientParams& params, const Executor& executor) {
   const auto& header = *reinterpret_cast<const SparseHeader*>(params.sparse_filter);
   if (Pattern(header.pattern) != Pattern::unstructured) return Status::unsupported;
-  switch (params.geometry.tile) {
-    case 2: return input_gradient_tile<2>(params, executor);
-    case 4: return input_gradient_tile<4>(params, executor);
-    case 6: return input_gradient_tile<6>(params, executor);
-  }
-  return Status::unsupported;
+  const Geometry& g = params.geometry;
+  const Filter filter(params.sparse_filter, Pattern::unstructured, g.input.c, g.out_channels,
+                      g.tile);
+  return with_tile(g.tile, [&](auto tile) {
+    return with_dtype(g.dtype, [&](auto element) {
+      return SparseInputGradient<tile.m, decltype(element)>(params, filter, header.entries,
+                                                            executor)();
+    });
+  });
 }
 
 // --- packing ----------------------------------------------------------------------------------------------------------------
@@ -799,15 +774,6 @@ struct Packing {
     cursors[list] = *start;
   }
 };
-
-template <typename Use>
-auto with_dtype(DType dtype, const Use& use) {
-  switch (dtype) {
-    case DType::bf16: return use(bf16{});
-    case DType::f16: return use(f16{});
-    default: return use(float{});
-  }
-}
 
 int64_t packed_words(const FilterParams& params, Pattern pattern, const Executor& executor) {
   return with_dtype(params.dtype, [&](auto element) -> int64_t {

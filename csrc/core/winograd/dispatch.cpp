@@ -4,40 +4,11 @@
 
 namespace pywino::winograd {
 
-#define PYWINO_DECLARE(name)                          \
-  extern const ForwardKernels forward_kernels_##name; \
-  extern const SparseKernels sparse_kernels_##name;   \
-  extern const BackwardKernels backward_kernels_##name;
-PYWINO_EACH_ISA(PYWINO_DECLARE)
+PYWINO_CHOOSE_COPY(ForwardKernels, forward_kernels)
+PYWINO_CHOOSE_COPY(SparseKernels, sparse_kernels)
+PYWINO_CHOOSE_COPY(BackwardKernels, backward_kernels)
 
 namespace {
-
-#define PYWINO_FORWARD(name) \
-  case Isa::name: return forward_kernels_##name;
-const ForwardKernels& forward_kernels() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_FORWARD)
-    default: return forward_kernels_portable;
-  }
-}
-
-#define PYWINO_SPARSE(name) \
-  case Isa::name: return sparse_kernels_##name;
-const SparseKernels& sparse_kernels() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_SPARSE)
-    default: return sparse_kernels_portable;
-  }
-}
-
-#define PYWINO_BACKWARD(name) \
-  case Isa::name: return backward_kernels_##name;
-const BackwardKernels& backward_kernels() {
-  switch (isa()) {
-    PYWINO_EACH_ISA(PYWINO_BACKWARD)
-    default: return backward_kernels_portable;
-  }
-}
 
 // The matrix of a linear map is the map of the unit vectors.
 template <int M>

@@ -14,11 +14,12 @@ namespace {
 
 // An output of more is written past the caches, an input of more is prefetched: a smaller one is in the second-level cache.
 constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) << 20;
-// Processors without AVX-512 have second-level caches of 512 KB, or little more.
+// The second-level cache: 1 to 2 MB beside AVX-512, else often 512 KB.
 constexpr bool kSmallCache = kLanes < 16;
-// A V of more is not in the second-level cache any more when the next panel reads it again; so many panels' M may be there.
-constexpr int64_t kNearBytes = int64_t(3) << (kSmallCache ? 17 : 19);
-constexpr int kMostPanels = kSmallCache ? 2 : 4;
+constexpr int64_t kCacheBytes = int64_t(kSmallCache ? 512 : 1280) << 10;
+// A V of more is not there any more when the next panel reads it again; so many panels' M may be there.
+constexpr int64_t kNearBytes = kCacheBytes * 3 / 4;
+constexpr int kMostPanels = 2;
 // Most of a panel's filter that a thread makes for itself, beside its scratch.
 constexpr int64_t kOwnFilterBytes = int64_t(3) << 20;
 
@@ -26,7 +27,7 @@ int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
 
 // Whether an fp32 output is written past the caches: where the next layer would find its lines evicted anyway. Each is written
 // whole, if pixels (or rows of a plane) start aligned and the vectors of a line follow one another, as those of a pixel do.
-inline bool streams(const Geometry& g, int64_t channels, const void* output) {
+bool streams(const Geometry& g, int64_t channels, const void* output) {
   const int64_t pixels = g.out_h() * g.out_w(), row = g.channels_last ? channels : pixels,
                 line = kVectorsOfLine * kLanes;
   return g.input.n * channels * pixels * 4 > kStreamBytes && row % line == 0 &&
@@ -205,7 +206,7 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
   const T* residual = static_cast<const T*>(job.params.residual);
   const bool relu_out = job.params.relu;
   // The first half of each line waits for the second, where the output is streamed.
-  alignas(64) float waiting[kVectorsOfLine > 1 ? M * M * kLanes : 1];
+  alignas(64) float waiting[waiting_floats(M * M)];
   for (int s = 0; s < piece.count; ++s) {
     const int64_t x0 = piece.x + piece.offset(s);
     const int columns = outputs_inside(x0, job.out_w, g.dil_w, M);
@@ -226,14 +227,9 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
           if (sums) PYWINO_UNROLL for (int j = 0; j < M; ++j) sum += y[j];
           if (sizeof(T) == 2 || !job.stream) {
             PYWINO_UNROLL for (int j = 0; j < M; ++j) store(tile + i * row + j * column, y[j]);
-          } else if (kVectorsOfLine > 1 && n % 2 == 0) {
-            PYWINO_UNROLL for (int j = 0; j < M; ++j) store(waiting + (i * M + j) * kLanes, y[j]);
           } else {
-            PYWINO_UNROLL for (int j = 0; j < M; ++j) {
-              float* to = reinterpret_cast<float*>(tile + i * row + j * column);
-              if (kVectorsOfLine > 1) stream(to - kLanes, load(waiting + (i * M + j) * kLanes));
-              stream(to, y[j]);
-            }
+            PYWINO_UNROLL for (int j = 0; j < M; ++j) stream_line(
+                reinterpret_cast<float*>(tile + i * row + j * column), y[j], n, waiting, i * M + j);
           }
         });
       } else {

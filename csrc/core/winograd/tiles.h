@@ -13,6 +13,22 @@
 namespace pywino::winograd {
 namespace {
 
+template <int M>
+struct Tile {
+  static constexpr int m = M;
+};
+
+// use(Tile<m>{}) for m x m outputs a tile.
+template <typename Use>
+Status with_tile(int m, const Use& use) {
+  switch (m) {
+    case 2: return use(Tile<2>{});
+    case 4: return use(Tile<4>{});
+    case 6: return use(Tile<6>{});
+  }
+  return Status::unsupported;
+}
+
 // Tiles of the rows, phase by phase. The first n % d phases have one output more than the others.
 struct Rows {
   int64_t dilation, tile, wide, tiles_wide, tiles_narrow, total;
