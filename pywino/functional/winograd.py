@@ -292,9 +292,11 @@ def _pytorch_route(arguments, layout):
         output = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if layout is not None:
             output = output.contiguous(memory_format=layout)
+        # In place on the convolution's output, which nobody else holds; a sum may be larger than it.
         if residual is not None:
-            output = output + residual
-        return output if activation is None else output.relu()
+            same = residual.shape == output.shape and residual.dtype == output.dtype
+            output = output.add_(residual) if same else output + residual
+        return output if activation is None else output.relu_()
 
     return run
 
