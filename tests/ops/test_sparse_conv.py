@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 import pywino
 from pywino import backends, planner, testing
-from pywino.ops import _packed, sparse_conv
+from pywino.ops import _layout, _packed, sparse_conv
 from pywino.pruning import NM, Block, Magnitude, Pruner, prune_
 from pywino.reference import sparse_conv as reference
 
@@ -253,7 +253,7 @@ def test_the_kernel_of_what_is_kept(isa, dtype):
         input, weight, _, *where = case(geometry, pattern, dtype, last)
         weight[:, 0] = 1  # enough is kept that errors do not compare by chance
         grad = torch.randn_like(F.conv2d(input, weight, None, *where))
-        grad = grad.contiguous(memory_format=sparse_conv._format(input))
+        grad = _layout.laid_as(grad, input)
         exact = masked_gradient(grad.double(), input.double(), weight, *where)
         peer = masked_gradient(grad, input, weight, *where)
         actual = ops._sparse_kept_gradient(grad, input, weight, *where)
