@@ -219,10 +219,12 @@ def test_keeping_runs(kept, tmp_path):
 
 def test_the_kept_runs_are_small_and_whole():
     kept = {path.name: runs.read(path) for path in runs.KEPT.glob("*") if path.is_dir()}
-    assert kept and None not in kept.values()
+    assert kept
+    assert None not in kept.values()
     # Whole: to its last epoch, or stopped and then gone on from by another run.
-    went_on = {Path(run.recipe["init"]).parent.name for run in kept.values() if run.recipe.get("init")}
-    assert set(kept) - {run.name for run in runs.read_all(runs.KEPT)} <= went_on
+    starts = [run.recipe.get("init") or "" for run in kept.values()]
+    stopped = set(kept) - {run.name for run in runs.read_all(runs.KEPT)}
+    assert stopped <= {Path(start).parent.name for start in starts}
     for path in runs.KEPT.rglob("*"):
         assert path.is_dir() or path.name in runs.SMALL
         assert path.stat().st_size < 200_000

@@ -292,7 +292,7 @@ def _pytorch_route(arguments, layout):
         output = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if layout is not None:
             output = output.contiguous(memory_format=layout)
-        # In place on the convolution's output, which nobody else holds; a sum may be larger than it.
+        # In place on the convolution's output, which nobody else holds; a sum may be larger.
         if residual is not None:
             same = residual.shape == output.shape and residual.dtype == output.dtype
             output = output.add_(residual) if same else output + residual
