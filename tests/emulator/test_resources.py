@@ -2,6 +2,7 @@
 """The machine code of every CUDA kernel against resources.json, so that a change to it shows."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from emulator import resources
@@ -11,6 +12,16 @@ pytestmark = pytest.mark.skipif(bool(resources.missing()), reason=resources.miss
 
 COMMITTED = json.loads(resources.TABLE.read_text())
 CASES = [(s, a) for s in resources.sources() for a in resources.architectures(s)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(request):
+    """What the chosen tests look at, made on all cores; their errors are raised there."""
+    tests = [item for item in request.session.items if item.fspath == request.fspath]
+    cases = [item.callspec.params.values() for item in tests if hasattr(item, "callspec")]
+    with ThreadPoolExecutor() as pool:
+        for case in cases:
+            pool.submit(resources.cubin, *case)
 
 
 @pytest.mark.parametrize(
