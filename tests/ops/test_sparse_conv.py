@@ -255,7 +255,7 @@ def test_the_kernel_of_what_is_kept(isa, dtype):
         grad = torch.randn_like(F.conv2d(input, weight, None, *where))
         grad = _layout.laid_as(grad, input)
         exact = masked_gradient(grad.double(), input.double(), weight, *where)
-        # Of channels_last bfloat16 PyTorch's own has NaN in places, where the CPU has no AVX512-BF16.
+        # PyTorch's own of channels_last bfloat16 has NaN in places, on CPUs without AVX512-BF16.
         peer = masked_gradient(grad.contiguous(), input.contiguous(), weight, *where)
         actual = ops._sparse_kept_gradient(grad, input, weight, *where)
         what = f"{geometry} {pattern} {last}"
