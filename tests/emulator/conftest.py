@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+from emulator.build import compile_kernel
 from emulator.gpu import GpuKernel
 from emulator.harness import SCHEDULES, Kernel, missing
 
@@ -16,8 +19,24 @@ def _emulator():
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _checked(request, _emulator):
+    """source: its library in check mode, of the chosen tests, which takes longest to compile and is
+    made while others run."""
+    checks = [item for item in request.session.items if "check" in _mode_of(item)]
+    checks = [item for item in checks if "emulate" in item.fixturenames]
+    sources = {item.module.SOURCE for item in checks if hasattr(item.module, "SOURCE")}
+    pool = ThreadPoolExecutor(1)
+    yield {str(source): pool.submit(compile_kernel, source, "check") for source in sources}
+    pool.shutdown(cancel_futures=True)
+
+
+def _mode_of(item):
+    return item.callspec.params.get("run", ()) if hasattr(item, "callspec") else ()
+
+
 @pytest.fixture(scope="session")
-def emulate():
+def emulate(_checked):
     """emulate(source, mode="fast", defines=()) is a Kernel, compiled and started once a session.
 
     mode "gpu" is a GpuKernel, and skips the test where there is no GPU for it.
@@ -27,6 +46,8 @@ def emulate():
     def kernel(source, mode="fast", defines=()):
         key = (str(source), mode, tuple(defines))
         if key not in kernels:
+            if mode == "check" and str(source) in _checked and not defines:
+                _checked[str(source)].result()
             kernels[key] = (
                 GpuKernel(source) if mode == "gpu" else Kernel(source, mode, defines=defines)
             )

@@ -84,21 +84,30 @@ def demangled(name):
     return re.sub(r"\(anonymous namespace\)::|\([^()]*\)$|^void ", "", told.strip())
 
 
+def times(word, text):
+    """How often a word stands in megabytes of text, most of which do not have it."""
+    return len(re.findall(rf"\b{word}\b", text)) if word in text else 0
+
+
+def parts(heading, text):
+    """{name in a heading: what stands between it and the next}"""
+    _, *found = re.split(heading, text, flags=re.MULTILINE)
+    return dict(zip(found[::2], found[1::2]))
+
+
 def kernels(path):
     """name: row, for the kernels of a cubin."""
     usage = r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    function = re.compile(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", re.DOTALL)
-    section = re.compile(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.\w|\Z)", re.DOTALL | re.MULTILINE)
     most_threads = r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s*(0x\w+) (0x\w+) (0x\w+)"
-    code = dict(function.findall(dump("-sass", path)))
-    info = dict(section.findall(dump("-elf", path)))
+    code = parts(r"^\s*Function : (\S+)$", dump("-sass", path))
+    info = parts(r"^\.(\w\S*).*$", dump("-elf", path))
     rows = {}
     for name, registers, stack, shared, local in re.findall(usage, dump("-res-usage", path)):
-        bounds = re.search(most_threads, info[name])
+        bounds = re.search(most_threads, info[f"nv.info.{name}"])
         x, y, z = (int(n, 16) for n in bounds.groups()) if bounds else (1024, 1, 1)
         row = {"registers": int(registers), "threads": x * y * z, "static_shared": int(shared)}
-        found = {i: len(re.findall(rf"\b{i}\b", code[name])) for i in INSTRUCTIONS}
-        local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", code[name]))
+        found = {i: times(i, code[name]) for i in INSTRUCTIONS}
+        local_accesses = times("LDL", code[name]) + times("STL", code[name])
         row["local"] = int(stack) + int(local) + local_accesses
         rows[demangled(name)] = row | {i: count for i, count in found.items() if count}
     return dict(sorted(rows.items()))
