@@ -3,6 +3,7 @@
 
 import itertools
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +236,28 @@ def test_forward(isa, tile, channels_last):
             backends.is_channels_last(input)
             and backends.is_channels_last(peer.contiguous(memory_format=torch.channels_last))
         )
+
+
+def _huge_pages_on_advice():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not _huge_pages_on_advice(), reason="no huge pages on this system")
+def test_outputs_of_32_mb_are_in_huge_pages():
+    """glibc maps what has 32 MB anew each time: 8192 pages of 4 KB would be a fault each."""
+    import resource
+
+    input, weight = torch.randn(1, 16, 512, 512), torch.randn(32, 16, 3, 3)
+    call = lambda: ops.winograd_conv2d(  # noqa: E731
+        input, weight, None, None, [1, 1], [1, 1], None, "f4", "cpu", "default"
+    )
+    assert call().nbytes == 32 << 20
+    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt  # noqa: E731
+    before = faults()
+    call()
+    assert faults() - before < 4096
 
 
 @pytest.mark.native
