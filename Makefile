@@ -16,8 +16,9 @@ setup: $(VENV)/.installed
 demo: setup
 	$(BIN)/pywino demo
 
+# Two files at a time: most tests keep one core busy, a few all of them.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m pytest benches --benchmark-only

@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
@@ -84,11 +86,12 @@ def compiler():
 
 
 def make(target, command):
-    """Runs a command, in which {} is a folder for what it makes; `target` is kept of that."""
-    if target.exists():
-        return target
+    """Runs a command, in which {} is a folder for what it makes; `target` is kept of that. Of
+    processes that want the same target one makes it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with FileLock(f"{target}.lock"), tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        if target.exists():
+            return target
         command = [str(part).replace("{}", folder) for part in command]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -126,23 +129,34 @@ def changed_copy(source, changed, folder):
     return csrc, copy_of(source)
 
 
-def compile_kernel(source, mode="fast", defines=(), changed=None):
-    """The library of a .cu file. `changed` maps files to texts that take the place of theirs."""
+def compile_kernel(source, mode="fast", defines=(), changed=None, others=(), quickly=False):
+    """The library of a .cu file. `changed` maps files to texts that take the place of theirs in it;
+    `others` are linked with it as they stand. `quickly` leaves optimizing and line numbers out."""
     if reason := missing():
         raise RuntimeError(reason)
-    source = (ROOT / source).resolve()
+    flags = [*COMMON_FLAGS, *KERNEL_FLAGS[mode], *(f"-D{define}" for define in defines)]
+    flags += ["-O0", "-g0"] if quickly else []
+    kernels = [compile_object(ROOT / source, mode, flags, changed)]
+    kernels += [compile_object(ROOT / other, mode, flags) for other in others]
+    objects = [*kernels, *runtime()]
+    library = f"{kernels[0].stem}-{digest(*(path.name for path in objects))}.so"
+    link_it = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", f"{{}}/{library}"]
+    return make(CACHE / library, link_it)
+
+
+def compile_object(source, mode, flags, changed=None):
+    source = source.resolve()
     folders = {*CSRC.rglob("*"), *source.parent.iterdir(), *HERE.iterdir()}
     # Kernels are included, too, and the host code that runs them in order.
     headers = contents(
         path for path in folders if path.suffix in (".h", ".cuh", ".cu") or path.name == "cuda.cpp"
     )
-    flags = [*COMMON_FLAGS, *KERNEL_FLAGS[mode], *(f"-D{define}" for define in defines)]
     changes = sorted((changed or {}).items())
     key = digest(compiler(), flags, source, source.read_bytes(), *headers, changes)
     name = f"{source.stem}-{mode}-{key}"
     with tempfile.TemporaryDirectory() as folder:
         csrc, file = changed_copy(source, changed, Path(folder)) if changed else (CSRC, source)
-        kernel = make(
+        return make(
             CACHE / f"{name}.o",
             [
                 *("g++", "-x", "c++", *flags, "-Wno-unknown-pragmas", "-Wno-attributes"),
@@ -150,7 +164,3 @@ def compile_kernel(source, mode="fast", defines=(), changed=None):
                 *("-isystem", cuda_include(), "-c", file, "-o", f"{{}}/{name}.o"),
             ],
         )
-    objects = [kernel, *runtime()]
-    library = f"{name}-{digest(*(path.name for path in objects))}.so"
-    link_it = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", f"{{}}/{library}"]
-    return make(CACHE / library, link_it)

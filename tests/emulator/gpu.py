@@ -24,7 +24,7 @@ def compile_kernel(source):
     major, minor = torch.cuda.get_device_capability()
     architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     folders = {*CSRC.rglob("*"), *source.parent.iterdir()}
-    headers = [path for path in folders if path.suffix in (".h", ".cuh")]
+    headers = [path for path in folders if path.suffix in (".h", ".cuh", ".cu")]
     key = digest(architecture, source.read_bytes(), *contents(headers))
     target = CACHE / f"{source.stem}-gpu-{key}.so"
     command = ["nvcc", "-std=c++20", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC"]

@@ -171,14 +171,26 @@ class Kernel:
     not written and guard pages around each buffer; mode "check" looks at every access. The process
     is started at the first call, and again after a crash. A launch that takes more than `seconds`
     of processor time is a finding. `text` takes the place of what the file has; `changed` maps
-    files, headers of csrc among them, to such texts.
+    files, headers of csrc among them, to such texts; `others` are linked with it as they stand;
+    `quickly` compiles without optimizing, and findings have no line.
     """
 
-    def __init__(self, source, mode="fast", *, defines=(), text=None, changed=None, seconds=60):
+    def __init__(
+        self,
+        source,
+        mode="fast",
+        *,
+        defines=(),
+        text=None,
+        changed=None,
+        others=(),
+        quickly=False,
+        seconds=60,
+    ):
         self.mode = mode
         self.seconds = seconds
         changed = dict(changed or {}) | ({ROOT / source: text} if text is not None else {})
-        self.library = compile_kernel(source, mode, defines, changed)
+        self.library = compile_kernel(source, mode, defines, changed, others, quickly)
         self.process = None
 
     def __enter__(self):

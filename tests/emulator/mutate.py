@@ -22,17 +22,28 @@ from pathlib import Path
 
 from emulator.build import CACHE, HERE, ROOT
 from emulator.harness import Kernel
+from rich.progress import track
 
 
 @dataclass
 class Recipe:
     """`checks` are called with a Kernel and a schedule. `harmless` maps the text of mutated lines
-    to why they change nothing. `headers` of csrc are broken too."""
+    to why they change nothing. `headers` of csrc are broken too; `others` are linked, unbroken."""
 
     source: Path
     checks: Sequence[Callable]
     harmless: dict[str, str] = field(default_factory=dict)
     headers: Sequence[Path] = ()
+    others: Sequence[Path] = ()
+
+    def kernel(self, mode, changed):
+        return Kernel(
+            self.source, mode, changed=changed, others=self.others, quickly=True, seconds=5
+        )
+
+
+# The quicker one to compile first.
+RUNS = (("fast", "random"), ("check", "ascending"))
 
 
 # What is replaced (in code, not in comments), and by what.
@@ -81,23 +92,31 @@ def mutants(text):
             yield mutated, text.count("\n", 0, match.start()) + 1, line, name
 
 
-def how_caught(recipe, path, text):
-    """The kind of the first finding, "numbers", or "" where nothing was noticed; None where the
-    mutant does not compile."""
-    for mode, schedule in (("check", "ascending"), ("fast", "random")):
-        try:
-            kernel = Kernel(recipe.source, mode, changed={path: text}, seconds=5)
-        except RuntimeError:
-            return None
-        try:
-            for check in recipe.checks:
-                check(kernel, schedule=schedule)
-        except AssertionError as error:
-            return next(iter(getattr(error, "kinds", [])), "numbers")
-        finally:
-            kernel.close()
+def findings(recipe, changed, mode, schedule):
+    """The kind of the first finding of the recipe's checks, "numbers", or "" where they pass; None
+    where the change does not compile."""
+    try:
+        kernel = recipe.kernel(mode, changed)
+    except RuntimeError:
+        return None
+    try:
+        for check in recipe.checks:
+            check(kernel, schedule=schedule)
+    except AssertionError as error:
+        return next(iter(getattr(error, "kinds", [])), "numbers")
+    finally:
+        kernel.close()
+        if changed:
             for made in CACHE.glob(f"{kernel.library.stem.rpartition('-')[0]}*"):
                 made.unlink()
+    return ""
+
+
+def how_caught(recipe, path, text):
+    """As `findings`, of one mutant in both modes."""
+    for mode, schedule in RUNS:
+        if (caught := findings(recipe, {path: text}, mode, schedule)) != "":
+            return caught
     return ""
 
 
@@ -111,11 +130,17 @@ def run(recipe, path, jobs, sample=None):
     """Prints what became of one file's mutants, or of a sample of so many; how many got through
     without an explanation."""
     began = time.monotonic()
+    for mode, schedule in RUNS:
+        if (found := findings(recipe, {}, mode, schedule)) != "":
+            # By which every mutant would be caught.
+            print(f"{path.name}: fails as it is, in {mode} mode: {found or 'does not compile'}")
+            return 1
     cases = list(mutants(path.read_text()))
     if sample is not None and sample < len(cases):
         cases = random.Random(0).sample(cases, sample)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda case: how_caught(recipe, path, case[0]), cases))
+        caught = pool.map(lambda case: how_caught(recipe, path, case[0]), cases)
+        results = list(track(caught, path.name, len(cases)))
     compiled = [(case, caught) for case, caught in zip(cases, results) if caught is not None]
     survivors = [case for case, caught in compiled if not caught]
     unexplained = [case for case in survivors if case[2] not in recipe.harmless]

@@ -1217,6 +1217,7 @@ def direct_filter(tensors):
 
 # For mutate.py: each file, by what it is tested with.
 NCHW = [case for case in CASES if not case.channels_last]
+FEW_TAPS = [(min(taps, 3), *sizes) for taps, *sizes in PRODUCTS]
 MUTATE = [
     Recipe(
         CORE / "cuda_nchw.cu",
@@ -1233,7 +1234,7 @@ MUTATE = [
         ],
     ),
     Recipe(
-        HERE / "kernels" / "transforms.cu",
+        CORE / "cuda_transforms.cu",
         [
             *(
                 functools.partial(check, case=case)
@@ -1249,13 +1250,17 @@ MUTATE = [
             *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
             *(functools.partial(check_gate_and_mean, case=c) for c in MEANS),
         ],
-        headers=[CORE / "cuda_transforms.cu"],
+        others=[
+            HERE / "kernels" / "winograd_launchers.cu",
+            CORE / "cuda.cpp",
+            *sorted({*CORE.glob("*.cu")} - {CORE / "cuda_transforms.cu"}),
+        ],
     ),
     Recipe(
         CORE / "cuda_product.cu",
         [
             functools.partial(check, shape=shape, domain=domain)
-            for check, shapes in ((check_product, PRODUCTS), (check_summed_product, SUMS))
+            for check, shapes in ((check_product, FEW_TAPS), (check_summed_product, SUMS))
             for shape in shapes
             for domain in DOMAINS
         ],
@@ -1288,5 +1293,6 @@ MUTATE = [
             ),
             *(functools.partial(check_cell, case=c) for c in CELLS),
         ],
+        others=[CORE / "cuda_transforms.cu", CORE / "cuda_nchw.cu"],
     ),
 ]
