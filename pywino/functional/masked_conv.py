@@ -30,9 +30,10 @@ def masked_conv2d(input, mask, weight, bias=None, padding="same", dilation=1, *,
         bias: (K,) or None; outside the mask the output is 0, not the bias.
         padding: "same", or the numbers that mean the same.
         dilation: an integer or two.
-        backend: "auto" | "aten" | "cpu", "cuda", "triton" (visit the mask's pixels, however many).
-            On a GPU "auto" counts the mask's pixels, which the host waits for, only where that is
-            small beside the dense convolution; else it is the dense one.
+        backend: "auto" | "aten" | "cpu" (the mask's pixels, or for 3x3 kernels the Winograd tiles
+            that it meets) | "cuda" | "triton" (the mask's pixels, however many). On a GPU "auto"
+            counts the mask's pixels, which the host waits for, only where that is small beside the
+            dense convolution; else it is the dense one.
 
     Returns:
         (N, K, H, W) or (K, H, W) in input's dtype, channels_last iff the input is. NaN outside the
@@ -42,7 +43,8 @@ def masked_conv2d(input, mask, weight, bias=None, padding="same", dilation=1, *,
         RuntimeError, TypeError: whatever F.conv2d refuses, a mask of another shape or dtype, and an
             explicit backend that cannot run.
 
-    The cost follows the number of pixels in the mask. `pywino.MaskedConv2d` keeps the packed
+    The cost follows the number of pixels in the mask, or of 4x4 tiles with a pixel of it; there a
+    NaN of the mask spreads to the mask's pixels of its tile. `pywino.MaskedConv2d` keeps the packed
     weight.
     """
     return run_masked_conv2d(input, mask, weight, bias, padding, dilation, backend)
@@ -83,8 +85,8 @@ def run_masked_conv2d(input, mask, weight, bias, padding, dilation, backend, cac
     dtype = input.dtype
 
     def filter_of(backend):
-        if backend == "cpu":  # float32, whatever the call's dtype is
-            return cache.derived(backend, weight, ops.pack)
+        if backend in ("cpu", "tiles"):  # float32, whatever the call's dtype is
+            return cache.derived(backend, weight, lambda weight: ops.pack(weight, backend))
         make = lambda weight: ops.pack(weight.to(dtype), backend)  # noqa: E731
         return cache.derived((backend, dtype), weight, make)
 

@@ -6,11 +6,12 @@
     pywino::_masked_…                      the native kernels, no gradient
 
 A masked convolution's gradient by its input is a masked convolution again, of the turned filter.
-What runs is chosen inside the kernels, on real tensors: the kernel that visits the mask's pixels
-alone, or a dense convolution of the masked input (Winograd's where that pays), where it is the
-faster one on this signature and density. On a GPU the host does not know how many pixels a mask
-has, and waits to be told only where that costs little beside the convolution; elsewhere "auto" is
-the dense one there. An output is channels_last iff the op's input is.
+What runs is chosen inside the kernels, on real tensors, by signature and density: the kernel that
+visits the mask's pixels alone ("pixels"), for 3x3 kernels Winograd's algorithm on those of its
+tiles that the mask meets ("tiles"), or a dense convolution of the masked input ("dense"). On a GPU
+there are no tiles, and the host does not know how many pixels a mask has: it waits to be told only
+where that costs little beside the convolution; elsewhere "auto" is the dense one there. An output
+is channels_last iff the op's input is.
 """
 
 import functools
@@ -27,10 +28,11 @@ from pywino.ops._library import autocast, define, differentiable
 _ops = torch.ops.pywino
 _choices = planner.memo()
 
-# The kernel's time in units of PyTorch's dense convolution, by the part of the pixels that is in
-# the mask: slope and what it costs in any case. Decides where nothing is measured, and whether it
-# is worth measuring.
-_SLOPE, _FIXED = 1.2, 0.1
+# Time in units of PyTorch's dense convolution: what a kernel costs in any case, and by the part
+# of the pixels, or of the tiles, that is in the mask. Decides where nothing is measured.
+_COSTS = {"pixels": (0.1, 1.2), "tiles": (0.1, 0.4), "dense": (1.0, 0.0)}
+_TILE = 4
+_LANES = 16  # with fewer channels vectors are half empty, and transforms cost what products save
 _CALLS = 3  # of each contender, where it is measured
 
 
@@ -65,35 +67,69 @@ def run(input, mask, weight, bias, padding, dilation, backend, filter_of):
         if backend == "dense":
             return dense_forward(input, mask, weight, bias, *where)
         return gpu_forward(input, mask, filter_of(backend), bias, *where, backend)
-    list, place = pixels_of(mask, len(input))
-    if choose(input, list, weight, *where, backend) == "dense":
+    mask = mask.expand(len(input), -1, -1, -1).contiguous()
+    tiles = tiles_of(mask, weight, *where)
+    way = choose(input, mask, tiles, weight, *where, backend)
+    if way == "dense":
         return dense_forward(input, mask, weight, bias, *where)
+    if way == "tiles":
+        return tiles_forward(input, mask, tiles, filter_of("tiles"), bias, len(weight), dilation)
     size = tuple(weight.shape[2:])
-    return native_forward(input, list, place, filter_of("cpu"), bias, len(weight), size, *where)
+    pixels = _ops._masked_pixels.default(mask)
+    return native_forward(input, *pixels, filter_of("cpu"), bias, len(weight), size, *where)
 
 
-def choose(input, list, weight, padding, dilation, backend):
-    """ "pixels" or "dense": what runs a call that is covered, on the CPU."""
-    if backend != "auto":
-        return "pixels"
-    call = planner.describe("masked_conv2d", input, weight, padding, dilation)
-    pixels = len(input) * input.shape[2] * input.shape[3]
-    density = len(list) / pixels
+def choose(input, mask, tiles, weight, padding, dilation, backend):
+    """ "pixels", "tiles" or "dense": what runs a call that is covered, on the CPU. `mask` has an
+    entry for each image, `tiles` is its tiles_of."""
+    density = _density(mask)
     if density == 0:
         return "pixels"
+    parts = {"pixels": density}
+    if tiles is not None:
+        parts["tiles"] = len(tiles) * _TILE**2 / mask.numel()
+    if backend == "auto":
+        parts["dense"] = 1
+    if len(parts) == 1:
+        return "pixels"
     if not planner.may_measure():
-        return "pixels" if _SLOPE * density + _FIXED < 1 else "dense"
-    key = (planner.bucket(call), _steps(density), torch.get_num_threads(), native.host.isa())
+        return min(parts, key=lambda way: _COSTS[way][0] + _COSTS[way][1] * parts[way])
+    call = planner.describe("masked_conv2d", input, weight, padding, dilation)
+    steps = tuple((way, _steps(part)) for way, part in parts.items())
+    key = (planner.bucket(call), steps, torch.get_num_threads(), native.host.isa())
     choice = _choices.get(key)
     if choice is None:
-        filter, size = pack(weight), tuple(weight.shape[2:])
-        where = (padding, dilation)
-        pixels = lambda input, mask: native_forward(  # noqa: E731
-            input, *_ops._masked_pixels(mask), filter, None, len(weight), size, *where
-        )
-        seconds = _race({"pixels": pixels}, input, density, weight, *where)
-        choice = planner.remember(_choices, key, _winner(seconds))
+        runs = _runs(weight, padding, dilation)
+        runs = {way: runs[way] for way in parts if way != "dense"}
+        seconds = _race(runs, input, mask, weight, padding, dilation)
+        if backend == "auto":
+            choice = _winner(seconds)
+        else:
+            choice = min(runs, key=seconds.get)
+        choice = planner.remember(_choices, key, choice)
     return choice
+
+
+def _runs(weight, padding, dilation):
+    """The kernels of the CPU as functions of input and mask."""
+    weight = weight.detach()
+    size, where = tuple(weight.shape[2:]), (padding, dilation)
+    filters = {}  # packed in the first call, which is not the quickest
+
+    def filter_of(name):
+        if name not in filters:
+            filters[name] = pack(weight, name)
+        return filters[name]
+
+    def pixels(input, mask):
+        listed = _ops._masked_pixels.default(mask)
+        return native_forward(input, *listed, filter_of("cpu"), None, len(weight), size, *where)
+
+    def tiles(input, mask):
+        listed, filter = tiles_of(mask, weight, *where), filter_of("tiles")
+        return tiles_forward(input, mask, listed, filter, None, len(weight), dilation)
+
+    return {"pixels": pixels, "tiles": tiles}
 
 
 def choose_on_gpu(input, mask, weight, padding, dilation, filter_of):
@@ -112,7 +148,7 @@ def choose_on_gpu(input, mask, weight, padding, dilation, filter_of):
             _density(mask)
             return dense_forward(input, mask, weight, None, *where)
 
-        seconds = _race({"asked": asked}, input, 1, weight, *where)
+        seconds = _race({"asked": asked}, input, mask, weight, *where)
         asks = planner.MARGIN * seconds["asked"] < seconds["dense"]
         planner.remember(_choices, bucket, asks)
     if not asks:
@@ -127,7 +163,7 @@ def choose_on_gpu(input, mask, weight, padding, dilation, filter_of):
             )
             for name in backends.able(call)
         }
-        seconds = _race(runs, input, density, weight, *where)
+        seconds = _race(runs, input, mask, weight, *where)
         choice = planner.remember(_choices, key, _winner(seconds))
     return choice
 
@@ -146,29 +182,32 @@ def _winner(seconds):
     return best if seconds[best] < planner.MARGIN * seconds["dense"] else "dense"
 
 
-def _race(runs, input, density, weight, padding, dilation):
-    """Seconds of functions of input and mask, and of the dense convolution, on a mask of this
-    density in rows from the top: what lies where hardly matters to any."""
-    device = input.device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+def _race(runs, input, mask, weight, padding, dilation):
+    """Seconds of functions of input and mask, and of the dense convolution."""
+    device = input.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         input, weight = input.detach(), weight.detach()
-        mask = torch.zeros(len(input), 1, *input.shape[2:], dtype=torch.bool, device=device)
-        mask.view(-1)[: int(density * mask.numel())] = True
         dense = lambda: dense_forward(input, mask, weight, None, padding, dilation)  # noqa: E731
         own = {name: functools.partial(run, input, mask) for name, run in runs.items()}
-        return planner.race({**own, "dense": dense}, _CALLS, device.type)
+        return planner.race({**own, "dense": dense}, _CALLS, device)
 
 
-def pixels_of(mask, count):
-    """(list, place) of the mask's pixels, for so many images."""
-    return _ops._masked_pixels.default(mask.expand(count, -1, -1, -1).contiguous())
+def tiles_of(mask, weight, padding, dilation):
+    """The Winograd tiles that a mask (N, 1, H, W) meets; None where that is no way to go."""
+    square = tuple(weight.shape[2:]) == (3, 3) and tuple(padding) == tuple(dilation)
+    if not square or min(weight.shape[:2]) < _LANES or not mask.numel():
+        return None
+    return _ops._masked_tiles.default(mask, _TILE, dilation)
 
 
 def pack(weight, backend="cpu"):
-    """The weight for `_masked_forward`, or (K, height, width, C) for the kernels of a GPU; for
-    "cuda" with zeros behind the channels, so that they are whole 16 bytes."""
+    """The weight for `_masked_forward` ("cpu"), for `_masked_tiles_forward` ("tiles"), or
+    (K, height, width, C) for the kernels of a GPU; for "cuda" with zeros behind the channels, so
+    that they are whole 16 bytes."""
     if backend == "cpu":
         return _ops._masked_pack.default(weight)
+    if backend == "tiles":
+        return _ops._winograd_filter.default(weight, _TILE, False, False)
     filter = weight.permute(0, 2, 3, 1)
     if backend == "cuda":
         filter = F.pad(filter, (0, -weight.shape[1] % (16 // weight.element_size())))
@@ -182,6 +221,15 @@ def native_forward(input, list, place, filter, bias, out_channels, kernel_size, 
     where = (kernel_size, padding, dilation)
     return _ops._masked_forward.default(
         _layout.dense(input), list, place, filter, bias, out_channels, *where
+    )
+
+
+def tiles_forward(input, mask, tiles, filter, bias, out_channels, dilation):
+    """`_masked_tiles_forward` on tensors as they come."""
+    if bias is not None:
+        bias = bias.float().contiguous()
+    return _ops._masked_tiles_forward.default(
+        _layout.dense(input), mask, tiles, filter, bias, out_channels, _TILE, dilation
     )
 
 
@@ -358,12 +406,29 @@ def _cuda_forward_fake(input, mask, filter, bias, padding, dilation, strict):
 
 
 define("_masked_pixels(Tensor mask) -> (Tensor, Tensor)", None, _pixels_fake)
+
+
+def _tiles_fake(mask, tile, dilation):
+    return mask.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
+def _tiles_forward_fake(input, mask, tiles, filter, bias, out_channels, tile, dilation):
+    return _layout.empty((input.shape[0], out_channels, *input.shape[2:]), input)
+
+
 define("_masked_pack(Tensor weight) -> Tensor", None, _pack_fake)
 define(
     "_masked_forward(Tensor input, Tensor list, Tensor place, Tensor filter, Tensor? bias, "
     "int out_channels, int[2] kernel_size, int[2] padding, int[2] dilation) -> Tensor",
     None,
     _native_forward_fake,
+)
+define("_masked_tiles(Tensor mask, int tile, int[2] dilation) -> Tensor", None, _tiles_fake)
+define(
+    "_masked_tiles_forward(Tensor input, Tensor mask, Tensor tiles, Tensor filter, Tensor? bias, "
+    "int out_channels, int tile, int[2] dilation) -> Tensor",
+    None,
+    _tiles_forward_fake,
 )
 define(
     "_masked_cuda_forward(Tensor input, Tensor mask, Tensor filter, Tensor? bias, "

@@ -17,6 +17,7 @@ ops = torch.ops.pywino
 # Sums of up to 9 * 40 products in fp32, cut after 128: no worse than PyTorch's own, with room for
 # another order of terms.
 K = 4
+K_TILES = 36  # of F(4x4,3x3): tests/ops/test_winograd.py
 GEOMETRIES = [
     ((3, 3), (1, 1)),
     ((3, 3), (2, 3)),
@@ -81,11 +82,25 @@ def test_reference_is_pytorchs_between_two_masks(kernel, dilation):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.fixture(params=["pixels", "tiles"])
+def way(request, monkeypatch):
+    """Of the two kernels of the CPU, this one, where it can run."""
+
+    def choose(input, mask, tiles, *_):
+        return request.param if tiles is not None and len(tiles) else "pixels"
+
+    monkeypatch.setattr(rules, "choose", choose)
+    monkeypatch.setattr(rules, "_LANES", 1)
+    return request.param
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(("kernel", "dilation"), GEOMETRIES, ids=str)
-def test_forward_and_backward(isa, kernel, dilation, name, channels_last):
+def test_forward_and_backward(isa, way, kernel, dilation, name, channels_last):
+    if way == "tiles" and kernel != (3, 3):
+        pytest.skip("tiles are for 3x3 kernels")
     for c, k in ((19, 21), (16, 5), (32, 40)):
         made = tensors(c, k, kernel=kernel, channels_last=channels_last)
         mask = mask_of(name, 3, 9, 14)
@@ -106,7 +121,7 @@ def test_forward_and_backward(isa, kernel, dilation, name, channels_last):
             if b.abs().max() == 0:
                 assert not a.any()
             else:
-                assert_close_to_reference(a, b, c_, K)
+                assert_close_to_reference(a, b, c_, K if way == "pixels" else K_TILES)
         # The bias's are few sums, whose errors compare by chance; 3 * 9 * 14 terms added in pairs
         # have log2(378) roundings of at most the sum of magnitudes.
         limit = 9 * 2**-24 * grad.double().abs().sum((0, 2, 3))
@@ -117,7 +132,7 @@ def test_forward_and_backward(isa, kernel, dilation, name, channels_last):
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_16_bit_floats_are_rounded_once(isa, dtype, channels_last):
+def test_16_bit_floats_are_rounded_once(isa, way, dtype, channels_last):
     x, weight, bias = tensors(33, 34, dtype=dtype, channels_last=channels_last)
     mask = mask_of("random", 3, 9, 14)
     actual = op(x, mask, weight, bias)
@@ -129,8 +144,9 @@ def test_16_bit_floats_are_rounded_once(isa, dtype, channels_last):
 
 
 @pytest.mark.native
-def test_what_lies_outside_is_neither_read_nor_written(isa):
-    x, weight, bias = tensors()
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_lies_outside_is_neither_read_nor_written(isa, way, channels_last):
+    x, weight, bias = tensors(channels_last=channels_last)
     mask = mask_of("random", 3, 9, 14)
     expected = op(x, mask, weight, bias)
     spoilt = torch.where(mask, x, float("nan"))
@@ -141,8 +157,9 @@ def test_what_lies_outside_is_neither_read_nor_written(isa):
 
 
 @pytest.mark.native
-def test_many_pixels_same_bits_for_any_number_of_threads():
-    x, weight, bias = tensors(64, 64, (40, 61), 2)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_many_pixels_same_bits_for_any_number_of_threads(way, channels_last):
+    x, weight, bias = tensors(64, 64, (40, 61), 2, channels_last=channels_last)
     mask = mask_of("random", 2, 40, 61)
     expected = op(x, mask, weight, bias)
     threads = torch.get_num_threads()
@@ -202,34 +219,109 @@ def test_layer_is_pytorchs_between_two_masks():
 
 
 @pytest.mark.native
-def test_auto_takes_the_quicker(monkeypatch):
+def test_auto_takes_the_quickest(monkeypatch, tmp_path):
     x, weight, _ = tensors(16, 16, (20, 20), 1)
     mask = mask_of("random", 1, 20, 20)
-    list, _ = rules.pixels_of(mask, 1)
-    where = ((1, 1), (1, 1), "auto")
-    for wins in (True, False):
+
+    def choose(mask, backend="auto", weight=weight):
+        tiles = rules.tiles_of(mask, weight, (1, 1), (1, 1))
+        return rules.choose(x, mask, tiles, weight, (1, 1), (1, 1), backend)
+
+    for wins in ("pixels", "tiles", "dense"):
         planner.reset()
-        monkeypatch.setenv("PYWINO_PLAN", "memory")
-        seconds = {"pixels": 1e-3 if wins else 3e-3, "dense": 2e-3}
+        monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+        seconds = {"pixels": 3e-3, "tiles": 2.9e-3, "dense": 2e-3} | {wins: 1e-3}
         monkeypatch.setattr(rules, "_race", lambda *_, seconds=seconds: seconds)
-        assert rules.choose(x, list, weight, *where) == ("pixels" if wins else "dense")
+        assert choose(mask) == wins
+        assert choose(mask, "cpu") == ("tiles" if wins == "dense" else wins)
     planner.reset()
     monkeypatch.setenv("PYWINO_PLAN", "static")
-    assert rules.choose(x, list, weight, *where) == "pixels"
-    full, _ = rules.pixels_of(mask_of("full", 1, 20, 20), 1)
-    assert rules.choose(x, full, weight, *where) == "dense"
+    one, full = mask_of("one", 1, 20, 20), mask_of("full", 1, 20, 20)
+    assert choose(one) == "pixels"
+    assert choose(mask) == "pixels"  # 26 % of the pixels, all of the tiles
+    assert choose(full) == choose(full, "cpu") == "tiles"
+    few = weight[:5]
+    assert [choose(mask, weight=few) for mask in (one, full)] == ["pixels", "dense"]
+    assert choose(full, "cpu", few) == choose(full ^ full, "cpu") == "pixels"
     planner.reset()
 
 
 @pytest.mark.native
-def test_the_race_is_of_a_mask_as_dense_as_the_calls():
+def test_the_race_is_of_the_calls_own_mask(monkeypatch):
     x, weight, _ = tensors(16, 16, (20, 20), 1)
+    mask = mask_of("random", 1, 20, 20)
     seen = []
     mine = {"mine": lambda *given: seen.append(given)}
-    seconds = rules._race(mine, x, 0.3, weight, (1, 1), (1, 1))
+    seconds = rules._race(mine, x, mask, weight, (1, 1), (1, 1))
     assert seconds.keys() == {"mine", "dense"}
     assert seconds["mine"] < seconds["dense"]
-    assert all(input.equal(x) and mask.count_nonzero() == 120 for input, mask in seen)
+    assert all(input.equal(x) and given is mask for input, given in seen)
+
+
+@pytest.mark.native
+def test_auto_measures_every_way(monkeypatch, tmp_path):
+    x, weight, bias = tensors(16, 16, (20, 20), 2)
+    mask = mask_of("random", 2, 20, 20)
+    raced = []
+
+    def race(runs, calls, device):
+        results = [run() for run in runs.values()]
+        raced.extend(runs)
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+        return {"pixels": 3, "tiles": 1, "dense": 2}
+
+    monkeypatch.setenv("PYWINO_PLAN", str(tmp_path / "plans.json"))
+    monkeypatch.setattr(planner, "race", race)
+    planner.reset()
+    expected = reference.masked_conv2d(x, mask, weight, bias)
+    for _ in range(2):
+        actual = pywino.masked_conv2d(x, mask, weight, bias)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert raced == ["pixels", "tiles", "dense"]
+    planner.reset()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_tiles_are_those_that_the_mask_meets(tile, dilation):
+    """Each pixel is in one tile: the lists of single pixels are one tile long, and those that are
+    a tile's are `dilation` apart."""
+    h, w = 13, 22
+    of_pixel = torch.empty(h, w, dtype=torch.int32)
+    for y in range(h):
+        for x in range(w):
+            mask = torch.zeros(1, 1, h, w, dtype=torch.bool)
+            mask[0, 0, y, x] = True
+            (of_pixel[y, x],) = ops._masked_tiles(mask, tile, (dilation, dilation))
+    step = dilation
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    block = lambda at: at // (tile * step) * step + at % step  # noqa: E731
+    same = block(y).flatten() * 10**4 + block(x).flatten()
+    assert torch.equal(of_pixel.flatten()[:, None] == of_pixel.flatten(), same[:, None] == same)
+    mask = mask_of("random", 2, h, w)
+    listed = ops._masked_tiles(mask, tile, (dilation, dilation))
+    per_image = len(of_pixel.unique())
+    expected = torch.cat([of_pixel[m] + i * per_image for i, m in enumerate(mask[:, 0])]).unique()
+    assert torch.equal(listed, expected.int())
+
+
+@pytest.mark.native
+def test_tiles_of_another_mask_are_refused():
+    x, weight, _ = tensors(16, 16, (20, 20), 1)
+    mask = mask_of("full", 1, 20, 20)
+    filter = rules.pack(weight, "tiles")
+    tiles = ops._masked_tiles(mask, 4, (1, 1))
+    forward = lambda tiles, mask=mask: ops._masked_tiles_forward(  # noqa: E731
+        x, mask, tiles, filter, None, 16, 4, (1, 1)
+    )
+    assert forward(tiles).shape == x.shape
+    for wrong in (tiles + 1, tiles - 1, tiles.flip(0), tiles[:0], tiles.long()):
+        with pytest.raises(RuntimeError, match="of another mask, or there are none"):
+            forward(wrong)
+    with pytest.raises(RuntimeError, match="of another mask"):
+        forward(tiles, mask[:, :, 1:].contiguous())
 
 
 def test_auto_on_a_gpu_waits_for_the_mask_where_that_is_cheap(monkeypatch, tmp_path):
@@ -242,8 +334,8 @@ def test_auto_on_a_gpu_waits_for_the_mask_where_that_is_cheap(monkeypatch, tmp_p
     monkeypatch.setattr(backends, "of_device", lambda device: ("cuda", "triton"))
     monkeypatch.setattr(backends, "can_run", lambda *_: None)
 
-    def race(runs, input, density, *_):
-        raced.append((tuple(runs), density))
+    def race(runs, input, mask, *_):
+        raced.append((tuple(runs), mask))
         return {name: answers[name] for name in (*runs, "dense")}
 
     monkeypatch.setattr(rules, "_race", race)
@@ -256,11 +348,11 @@ def test_auto_on_a_gpu_waits_for_the_mask_where_that_is_cheap(monkeypatch, tmp_p
     planner.reset()
     answers |= {"asked": 1.5, "dense": 1, "cuda": 0.5, "triton": 0.4}
     assert choose(masks[0]) == choose(masks[0]) == "dense"
-    assert (asked, raced) == ([], [(("asked",), 1)])
+    assert (asked, raced) == ([], [(("asked",), masks[0])])
     planner.reset()
     answers |= {"asked": 1.02}
     assert choose(masks[0]) == choose(masks[0]) == "triton"
-    assert raced[1:] == [(("asked",), 1), (("cuda", "triton"), 1 / 400)]
+    assert raced[1:] == [(("asked",), masks[0]), (("cuda", "triton"), masks[0])]
     answers |= {"cuda": 1.5, "triton": 1.2}
     assert choose(masks[1]) == "dense"
     assert choose(masks[0]) == "triton"  # as it was measured

@@ -289,6 +289,15 @@ PYWINO_INLINE vec load_if(const float* p, uint32_t flag) {
 PYWINO_INLINE vec load_if(const bf16* p, uint32_t flag) { return flag ? load(p) : zero(); }
 PYWINO_INLINE vec load_if(const f16* p, uint32_t flag) { return flag ? load(p) : zero(); }
 
+// v where flag is all ones, zero where it is 0.
+PYWINO_INLINE vec keep_if(vec v, uint32_t flag) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(__mmask16(flag), v);
+#else
+  return (vec)((uvec)v & flag);
+#endif
+}
+
 // One element, for strided access.
 PYWINO_INLINE float get(const float* p) { return *p; }
 PYWINO_INLINE float get(const bf16* p) {

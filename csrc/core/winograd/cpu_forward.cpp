@@ -475,7 +475,25 @@ struct Run {
     }
   }
 
+  // Outside the mask's tiles.
+  static void clear(void* arg) {
+    Run& run = *static_cast<Run*>(arg);
+    const Job<T>& job = run.job;
+    constexpr int64_t kSlice = int64_t(1) << 16;
+    T* output = static_cast<T*>(job.params.output);
+    const int64_t all = job.geometry.input.n * job.geometry.out_channels * job.out_h * job.out_w;
+    for (int64_t at = take(&run.next) * kSlice; at < all; at = take(&run.next) * kSlice) {
+      const int64_t end = min(at + kSlice, all);
+      if (!job.stream)
+        __builtin_memset(output + at, 0, (end - at) * sizeof(T));
+      else
+        for (; at < end; at += kLanes) stream(reinterpret_cast<float*>(output + at), zero());
+    }
+  }
+
   Status operator()(const Plan& plan) {
+    if (job.params.mask) executor.run(executor.threads, clear, this);
+    next = 0;
     if (!plan.joint) {
       executor.run(executor.threads, private_body, this);
       return failed ? Status::out_of_memory : Status::ok;
@@ -502,22 +520,13 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   Source<T> first = input_source<T>(g, params.input);
   first.channels -= params.second_channels;
   first.gate = params.gate;
+  first.mask = params.mask ? params.mask->pixels : nullptr;
   Source<T> second = first;
   second.data = static_cast<const T*>(params.second);
   second.channels = params.second_channels;
   second.gate = params.gate ? params.gate + first.channels : nullptr;
-  Job<T> job{params,
-             g,
-             {first, second},
-             Grid(g),
-             g.out_h(),
-             g.out_w(),
-             0,
-             0,
-             channel_blocks(g.input.c),
-             Depth<E>::lines(g.input.c),
-             0,
-             false};
+  Job<T> job{params, g, {first, second},           Grid(g, params.mask),       g.out_h(), g.out_w(),
+             0,      0, channel_blocks(g.input.c), Depth<E>::lines(g.input.c), 0,         false};
   if (job.grid.tiles == 0 || g.out_channels == 0) return Status::ok;
   job.rows = g.out_channels > kLanes ? kRows2 : kRows1;
   Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E), params.lstm);

@@ -1,4 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <algorithm>
+#include <vector>
+
+#include "tiles.h"
 #include "transforms.h"
 #include "winograd.h"
 
@@ -44,6 +48,31 @@ Status forward(const ForwardParams& params, const Executor& executor) {
   return params.sparse_filter ? sparse_kernels().forward(params, executor)
                               : forward_kernels().forward(params, executor);
 }
+int64_t tile_count(const Geometry& g) { return Grid(g).tiles; }
+
+int64_t list_tiles(const Geometry& g, const uint8_t* mask, int32_t* list) {
+  const Grid grid(g);
+  const int64_t H = g.out_h(), W = g.out_w();
+  std::vector<uint8_t> met(W);  // columns with a pixel of the mask in one row of tiles
+  int64_t count = 0;
+  for (int64_t q = 0; q < grid.tiles;) {
+    const Piece piece = grid.piece(q, grid.columns.total);
+    std::fill(met.begin(), met.end(), 0);
+    for (int64_t i = 0, y = piece.y; i < g.tile && y < H; ++i, y += g.dil_h) {
+      const uint8_t* row = mask + (piece.image * H + y) * W;
+      for (int64_t x = 0; x < W; ++x) met[x] |= row[x];
+    }
+    for (int s = 0; s < piece.count; ++s, ++q) {
+      uint8_t any = 0;
+      for (int64_t j = 0, x = piece.offset(s); j < g.tile && x < W; ++j, x += g.dil_w)
+        any |= met[x];
+      list[count] = int32_t(q);
+      count += any;
+    }
+  }
+  return count;
+}
+
 bool takes_weight(const Geometry& geometry, bool fast, int threads) {
   return forward_kernels().takes_weight(geometry, fast, threads);
 }

@@ -31,7 +31,8 @@ struct Source {
   const T* data;
   int64_t channels, height, width, pad_h, pad_w, dil_h, dil_w;
   bool channels_last;
-  const float* gate = nullptr;  // in channels_last: read relu(gate * data)
+  const float* gate = nullptr;    // in channels_last: read relu(gate * data)
+  const uint8_t* mask = nullptr;  // (n, height, width): read zero where it is 0
 
   int64_t blocks() const { return ceil_div<int64_t>(channels, kLanes); }
 };
@@ -158,6 +159,43 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
   }
 }
 
+// Of the pixels of a mask; what lies outside is not read.
+template <typename Patch, typename T, typename Place, typename E>
+void patches_of_mask(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
+                     const Place& place, bool relu_after, E* v, int64_t stride) {
+  constexpr int P = Patch::kSize;
+  const int64_t C = src.channels, H = src.height, W = src.width, row = src.dil_h * W * C,
+                column = src.dil_w * C, y0 = piece.y - src.pad_h;
+  const T* image = src.data + piece.image * H * W * C;
+  const uint8_t* mask = src.mask + piece.image * H * W;
+  for (int s = 0; s < piece.count; ++s) {
+    const int64_t x0 = piece.x + piece.offset(s) - src.pad_w;
+    uint32_t inside[P][P];
+    for (int i = 0; i < P; ++i)
+      for (int j = 0; j < P; ++j) {
+        const int64_t y = y0 + i * src.dil_h, x = x0 + j * src.dil_w;
+        inside[i][j] = y >= 0 && y < H && x >= 0 && x < W ? 0u - mask[y * W + x] : 0u;
+      }
+    for (int64_t b = block0; b < block1; ++b) {
+      const T* p = image + (y0 * W + x0) * C + b * kLanes;
+      const int lanes = int(min<int64_t>(kLanes, C - b * kLanes));
+      E* to = v + place(piece.local + s, b);
+      if (lanes == kLanes)
+        transform_patch<Patch>(
+            [&](int i, int j) __attribute__((always_inline)) {
+              return load_if(p + i * row + j * column, inside[i][j]);
+            },
+            relu_after, to, stride);
+      else
+        transform_patch<Patch>(
+            [&](int i, int j) __attribute__((always_inline)) {
+              return inside[i][j] ? load_part(p + i * row + j * column, 0, lanes) : zero();
+            },
+            relu_after, to, stride);
+    }
+  }
+}
+
 // Planes to pixels: the strip's pixels of rows y0, y0 + d, ..., of kLanes channels, zero outside the tensor.
 template <int P, typename T>
 void stage(const Source<T>& src, const T* planes, int channels, int64_t y0, int64_t x0,
@@ -207,6 +245,24 @@ void stage_pixels(const Source<T>& src, const T* image, int64_t channel, int64_t
       }
 }
 
+// Zeros for the strip's pixels outside the mask.
+template <int P, typename T>
+void stage_mask(const Source<T>& src, int64_t image, int64_t y0, int64_t x0, const Strip& map,
+                float* strip) {
+  const int64_t H = src.height, W = src.width;
+  for (int i = 0; i < P; ++i) {
+    const int64_t y = y0 + i * src.dil_h;
+    if (y < 0 || y >= H) continue;
+    const uint8_t* mask = src.mask + (image * H + y) * W;
+    for (int segment = 0; segment < map.segments; ++segment)
+      for (int j = 0; j < map.length; ++j) {
+        const int64_t x = x0 + map.pixel(segment) + j;
+        if (x >= 0 && x < W && !mask[x])
+          store(strip + (i * kStrip + segment * map.length + j) * kLanes, zero());
+      }
+  }
+}
+
 template <typename Patch, typename T, typename Place, typename E>
 void patches_planes(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                     const Place& place, bool relu_after, E* v, int64_t stride) {
@@ -219,6 +275,8 @@ void patches_planes(const Source<T>& src, const Piece& piece, int64_t block0, in
     const int channels = int(min<int64_t>(kLanes, src.channels - b * kLanes));
     stage<P>(src, image + b * kLanes * plane, channels, piece.y - src.pad_h, piece.x - src.pad_w,
              map, strip);
+    if (src.mask)
+      stage_mask<P>(src, piece.image, piece.y - src.pad_h, piece.x - src.pad_w, map, strip);
     for (int s = 0; s < piece.count; ++s) {
       const float* p = strip + map.at(s) * kLanes;
       transform_patch<Patch>(
@@ -243,6 +301,8 @@ void transform_tiles(const Source<T>& src, const Grid& grid, int64_t first, int 
     piece.local = t;
     if (!src.channels_last)
       patches_planes<Patch>(src, piece, block0, block1, place, relu_after, v, stride);
+    else if (src.mask)
+      patches_of_mask<Patch>(src, piece, block0, block1, place, relu_after, v, stride);
     else if (kGated && src.gate)
       patches_channels_last<Patch, kGated>(src, piece, block0, block1, place, relu_after, v,
                                            stride);

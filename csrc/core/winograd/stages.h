@@ -205,12 +205,17 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
   T* out = static_cast<T*>(job.params.output);
   const T* residual = static_cast<const T*>(job.params.residual);
   const bool relu_out = job.params.relu;
+  const uint8_t* mask = job.params.mask ? job.params.mask->pixels : nullptr;
   // The first half of each line waits for the second, where the output is streamed.
   alignas(64) float waiting[waiting_floats(M * M)];
   for (int s = 0; s < piece.count; ++s) {
     const int64_t x0 = piece.x + piece.offset(s);
     const int columns = outputs_inside(x0, job.out_w, g.dil_w, M);
-    const int64_t at = ((piece.image * job.out_h + piece.y) * job.out_w + x0) * K + channel;
+    const int64_t pixel = (piece.image * job.out_h + piece.y) * job.out_w + x0,
+                  at = pixel * K + channel;
+    const auto kept = [&](vec y, int i, int j) __attribute__((always_inline)) {
+      return keep_if(y, 0u - mask[pixel + i * g.dil_h * job.out_w + j * g.dil_w]);
+    };
     for (int n = 0; n < vectors; ++n) {
       const int lanes = int(min<int64_t>(kLanes, K - channel - n * kLanes));
       const vec bias =
@@ -224,6 +229,7 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
           if (skip)
             PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] += load(skip + i * row + j * column);
           if (relu_out) PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] = relu(y[j]);
+          if (mask) PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] = kept(y[j], i, j);
           if (sums) PYWINO_UNROLL for (int j = 0; j < M; ++j) sum += y[j];
           if (sizeof(T) == 2 || !job.stream) {
             PYWINO_UNROLL for (int j = 0; j < M; ++j) store(tile + i * row + j * column, y[j]);
@@ -238,6 +244,7 @@ void output_channels_last(const Job<T>& job, const Piece& piece, int64_t channel
             vec value = y[j] + bias;
             if (skip) value += load_part(skip + i * row + j * column, 0, lanes);
             if (relu_out) value = relu(value);
+            if (mask) value = kept(value, i, j);
             sum += value;
             store_part(tile + i * row + j * column, value, 0, lanes);
           }
@@ -276,9 +283,15 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
         job.params.residual ? static_cast<const T*>(job.params.residual) + at : nullptr;
     for (int i = 0; i < rows; ++i)
       for (int segment = 0; segment < map.segments; ++segment) {
-        const float* pixels = strip + (i * kStrip + segment * map.length) * kLanes;
+        float* pixels = strip + (i * kStrip + segment * map.length) * kLanes;
         const int64_t row = i * g.dil_h * job.out_w + map.pixel(segment);
         const int columns = int(min<int64_t>(map.length, job.out_w - piece.x - map.pixel(segment)));
+        if (job.params.mask) {
+          const uint8_t* mask = job.params.mask->pixels +
+                                (piece.image * job.out_h + piece.y) * job.out_w + piece.x + row;
+          for (int j = 0; j < columns; ++j)
+            if (!mask[j]) store(pixels + j * kLanes, zero());
+        }
         for (int j = 0; j < columns; j += kLanes) {
           const int width = min(kLanes, columns - j);
           vec r[kLanes];

@@ -120,21 +120,32 @@ PYWINO_INLINE Strip write_strip(const Piece& piece) {
   return Strip(piece, piece.tile, whole && blocks_are_small(piece.dilation, piece.tile));
 }
 
+// All tiles, or those of a mask: tile q is the q-th of its list.
 struct Grid {
   Rows rows;
   Columns columns;
   int64_t tiles_per_image, tiles;
+  const int32_t* list;
   int strip;  // most tiles of a piece for a strip
 
-  explicit Grid(const Geometry& g)
+  explicit Grid(const Geometry& g, const Mask* mask = nullptr)
       : rows(g.out_h(), g.dil_h, g.tile),
         columns(g.out_w(), g.dil_w, g.tile),
         tiles_per_image(rows.total * columns.total),
-        tiles(g.input.n * tiles_per_image),
+        tiles(mask ? mask->count : g.input.n * tiles_per_image),
+        list(mask ? mask->tiles : nullptr),
         strip(tiles_in_strip(int(min<int64_t>(g.dil_w, kStrip)), g.tile)) {}
+
+  PYWINO_INLINE int64_t number(int64_t q) const { return list ? list[q] : q; }
 
   // The longest piece that starts at tile q, at most `most` tiles.
   PYWINO_INLINE Piece piece(int64_t q, int64_t most) const {
+    if (list) {
+      int64_t neighbours = 1;
+      while (neighbours < most && list[q + neighbours] == list[q] + neighbours) ++neighbours;
+      most = neighbours;
+      q = list[q];
+    }
     Piece p;
     p.image = q / tiles_per_image;
     q -= p.image * tiles_per_image;
@@ -154,7 +165,7 @@ struct Grid {
   // that all strips but the first start at the same alignment.
   PYWINO_INLINE Piece strip_piece(int64_t q, int64_t most) const {
     Piece p = piece(q, most);
-    const int64_t d = columns.dilation, column = q % tiles_per_image % columns.total,
+    const int64_t d = columns.dilation, column = number(q) % tiles_per_image % columns.total,
                   left = columns.total - column;
     const int64_t place = blocks_are_small(d, columns.tile) ? column % strip : p.phase % strip;
     int64_t count = min<int64_t>(p.count, strip - place);

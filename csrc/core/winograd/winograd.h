@@ -35,6 +35,13 @@ struct Geometry {
 
 struct FilterParams;
 
+// Some of the pixels (core/masked_conv): input and output are zero at the others.
+struct Mask {
+  const uint8_t* pixels;  // (n, h, w), 0 or 1
+  const int32_t* tiles;   // list_tiles()
+  int64_t count;
+};
+
 // The state of a convolutional LSTM (core/conv_lstm), channels_last.
 struct LstmState {
   const float* cell;  // or nullptr: zeros
@@ -54,6 +61,9 @@ struct ForwardParams {
   const int32_t* sparse_filter = nullptr;  // from sparse_filter: instead of `filter`
   // Instead of `filter`, where takes_weight(): a filter that is used once is never written as a whole. Of the input's dtype.
   const FilterParams* weight = nullptr;
+
+  // Of dense filters and outputs of the input's size: tiles that the mask does not meet are not computed.
+  const Mask* mask = nullptr;
 
   // Of fp32 tensors in channels_last and dense filters:
   float* mean = nullptr;         // K floats: of each channel of the output, of one image; any dtype
@@ -129,6 +139,10 @@ PYWINO_API bool tile_exists(int tile);
 PYWINO_API void transform_matrices(int tile, double* bt, double* g, double* at);
 
 PYWINO_API Status forward(const ForwardParams&, const Executor&);
+// The numbers of the tiles, rising, that meet a mask (n, h, w) of the output's size; their count. `list` has room for
+// tile_count() of them.
+PYWINO_API int64_t tile_count(const Geometry&);
+PYWINO_API int64_t list_tiles(const Geometry&, const uint8_t* mask, int32_t* list);
 PYWINO_API bool takes_weight(const Geometry&, bool fast, int threads);
 PYWINO_API Status filter(const FilterParams&, const Executor&);
 PYWINO_API Status weight_gradient(const WeightGradientParams&, const Executor&);
