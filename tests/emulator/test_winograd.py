@@ -96,6 +96,8 @@ CASES = [
     Case(c=50, h=9, w=15, k=12, padding=2, dilation=2, tile=6, dtype="bf16", relu=True),
     Case(c=18, h=6, w=6, k=20, tile=2, winograd_relu=True, dtype="bf16", residual=False),
     Case(c=18, h=6, w=9, k=20, winograd_relu=True, dtype="f32", domain="f32", residual=False),
+    # More channels than a block's threads have in pairs, without a bias.
+    Case(c=530, h=5, w=5, k=4, bias=False),
 ]
 
 
@@ -1075,7 +1077,7 @@ def test_direct(emulate, run, case):
 MEANS = [
     Case(c=20, h=21, w=30, k=32, bias=True, residual=False),
     Case(c=33, h=9, w=14, k=528, tile=2, dtype="bf16", residual=False),
-    Case(c=5, h=11, w=7, k=261, dtype="f32", domain="f32", channels_last=False, residual=False),
+    Case(c=5, h=11, w=7, k=257, dtype="f32", domain="f32", channels_last=False, residual=False),
     Case(c=7, h=23, w=9, k=6, tile=6, dtype="f32", domain="f32", residual=False),
     Case(c=12, h=19, w=26, k=9, dilation=3, padding=3, dtype="f32", tile=2, residual=False),
 ]
@@ -1215,6 +1217,18 @@ def direct_filter(tensors):
     return u
 
 
+def check_direct_filter(kernel, case, **how):
+    tensors = Tensors(case)
+    u, _ = run_filter(kernel, tensors, tile=1, **how)
+    np.testing.assert_array_equal(u, direct_filter(tensors))
+
+
+@pytest.mark.parametrize("case", DIRECT, ids=str)
+def test_direct_filter(emulate, run, case):
+    mode, schedule = run
+    check_direct_filter(emulate(SOURCE, mode), case, schedule=schedule)
+
+
 # For mutate.py: each file, by what it is tested with.
 NCHW = [case for case in CASES if not case.channels_last]
 FEW_TAPS = [(min(taps, 3), *sizes) for taps, *sizes in PRODUCTS]
@@ -1248,8 +1262,19 @@ MUTATE = [
                 if case.domain == "f16" or not by_channel
             ),
             *(functools.partial(check_filter_transform, case=c, rotate=True) for c in CASES),
+            *(functools.partial(check_direct_filter, case=c) for c in DIRECT),
             *(functools.partial(check_gate_and_mean, case=c) for c in MEANS),
         ],
+        harmless={
+            "d.x[0] = d.x[0] <= 0.f ? 0.f : d.x[0];  // NaN stays": "of 0",
+            "for (int e = 0; e < V; ++e) o[j].x[e] = o[j].x[e] <= 0.f ? 0.f : o[j].x[e];": "of 0",
+            "for (int i = 0; i <= kSize; ++i)": "of the peak: a neighbour's pixel more",
+            "for (int j = 0; j <= kSize; ++j) {": "of the peak: a neighbour's pixel more",
+            "const int own = groups <= kThreads ? int(groups) : kThreads;": "the same",
+            "return {own, kThreads / own, (groups + own + 1) / own};": "a block with no channel",
+            "p.input, p.map, p.tiles, position(p.tiles, p.first + (exists ? tile : tile)), "
+            "p.pad_h, p.pad_w);": "a tile that is not there is not read",
+        },
         others=[
             HERE / "kernels" / "winograd_launchers.cu",
             CORE / "cuda.cpp",

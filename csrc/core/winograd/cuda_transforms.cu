@@ -11,26 +11,20 @@ namespace {
 
 // --- input transform
 
-// relu(g d) of a few channels, or d itself. Zeros around the image stay zero.
+// d itself, or relu(g d) of one channel: a second one's gate would be too many registers. Zeros around the image stay zero.
 template <int V, bool kGated>
 struct Gate {
   __device__ Gate(const InputTransform&, int64_t) {}
   __device__ Channels<V> apply(const Channels<V>& d) const { return d; }
 };
-template <int V>
-struct Gate<V, true> {
-  float g[V];
+template <>
+struct Gate<1, true> {
+  float g;
 
-  __device__ Gate(const InputTransform& p, int64_t c) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) g[e] = c + e < p.map.c ? p.gate[c + e] : 0.f;
-  }
-  __device__ Channels<V> apply(Channels<V> d) const {
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      d.x[e] *= g[e];
-      d.x[e] = d.x[e] < 0.f ? 0.f : d.x[e];  // NaN stays
-    }
+  __device__ Gate(const InputTransform& p, int64_t c) : g(c < p.map.c ? p.gate[c] : 0.f) {}
+  __device__ Channels<1> apply(Channels<1> d) const {
+    d.x[0] *= g;
+    d.x[0] = d.x[0] < 0.f ? 0.f : d.x[0];  // NaN stays
     return d;
   }
 };
@@ -119,10 +113,8 @@ __device__ Channels<V> output_tile(const OutputTransform& p, int64_t tile, int64
   Channels<V> scale, bias;
 #pragma unroll
   for (int e = 0; e < V; ++e) {
-    const bool exists = k + e < p.map.c;
-    scale.x[e] =
-        std::is_same_v<In, __half> && exists ? p.tile_scale[tile] * p.filter_scale[k + e] : 1.f;
-    bias.x[e] = p.bias && exists ? p.bias[k + e] : 0.f;
+    scale.x[e] = std::is_same_v<In, __half> ? p.tile_scale[tile] * p.filter_scale[k + e] : 1.f;
+    bias.x[e] = p.bias ? p.bias[k + e] : 0.f;
   }
   Channels<V> sum = {};
   const Out* residual = static_cast<const Out*>(p.residual);
@@ -161,11 +153,11 @@ __host__ __device__ inline Share share_of(int64_t groups) {
   return {own, kThreads / own, (groups + own - 1) / own};
 }
 
-// One thread has V neighbouring channels of a tile; neighbouring threads the next ones.
+// One thread has V neighbouring channels of a tile, which V divides; neighbouring threads the next ones.
 template <int M, int V, class Out, class In>
 __global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform p) {
   __shared__ float sums[kThreads * V];
-  const int64_t groups = (p.map.c + V - 1) / V;
+  const int64_t groups = p.map.c / V;
   if (!p.partial) {
     const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (index < p.count * groups) output_tile<M, V, Out, In>(p, index / groups, index % groups * V);
@@ -185,9 +177,9 @@ __global__ void __launch_bounds__(kThreads, 2) output_transform(OutputTransform 
   for (int r = 1; r < share.tiles; ++r)
 #pragma unroll
     for (int e = 0; e < V; ++e) sum.x[e] += sums[(r * share.groups + column) * V + e];
+  if (k >= p.map.c) return;
 #pragma unroll
-  for (int e = 0; e < V; ++e)
-    if (k + e < p.map.c) p.partial[part * p.map.c + k + e] = sum.x[e];
+  for (int e = 0; e < V; ++e) p.partial[part * p.map.c + k + e] = sum.x[e];
 }
 
 // A lane has a channel; warps share the parts, and their sums are added in one order.
@@ -284,10 +276,7 @@ bool writes_pairs(const OutputTransform& p) {
 }
 
 // Groups of the channels that a thread has.
-int64_t groups_of(const OutputTransform& p) {
-  const bool pairs = writes_pairs(p);
-  return (p.map.c + pairs) / (1 + pairs);
-}
+int64_t groups_of(const OutputTransform& p) { return p.map.c / (writes_pairs(p) ? 2 : 1); }
 
 }  // namespace
 
@@ -321,7 +310,7 @@ extern "C" int pywino_winograd_input_transform(const InputTransform* p, void* st
                         warps_per_tile);
       });
     };
-    if (p->gate)  // one channel a thread: a second one's gate would be too many registers
+    if (p->gate)
       known &= with_types(p->dtype, p->domain, [&](auto in, auto out) {
         PYWINO_LAUNCH((input_transform<GatedPatches<M>, 1, typename decltype(in)::type,
                                        typename decltype(out)::type>),
