@@ -509,7 +509,7 @@ def check_filter_transform(kernel, case, rotate, **how):
 
 
 # taps, tiles, C', K': each of the three block shapes, and edges of each.
-PRODUCTS = [(4, 49, 24, 72), (16, 130, 40, 8), (36, 131, 72, 136), (24, 300, 136, 144)]
+PRODUCTS = [(4, 49, 24, 72), (5, 130, 40, 8), (3, 131, 72, 136), (2, 300, 136, 144)]
 
 
 # The same for wgmma: each of its three tiles, and edges of each; blocks with one tile and with
@@ -1231,7 +1231,6 @@ def test_direct_filter(emulate, run, case):
 
 # For mutate.py: each file, by what it is tested with.
 NCHW = [case for case in CASES if not case.channels_last]
-FEW_TAPS = [(min(taps, 3), *sizes) for taps, *sizes in PRODUCTS]
 MUTATE = [
     Recipe(
         CORE / "cuda_nchw.cu",
@@ -1285,7 +1284,7 @@ MUTATE = [
         CORE / "cuda_product.cu",
         [
             functools.partial(check, shape=shape, domain=domain)
-            for check, shapes in ((check_product, FEW_TAPS), (check_summed_product, SUMS))
+            for check, shapes in ((check_product, PRODUCTS), (check_summed_product, SUMS))
             for shape in shapes
             for domain in DOMAINS
         ],
