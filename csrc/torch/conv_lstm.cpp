@@ -8,8 +8,6 @@
 namespace pywino {
 namespace {
 
-using conv_lstm::Status;
-
 Tensor empty_state(const Tensor& gates) {
   return empty_cpu({gates.size(0), gates.size(1) / 4, gates.size(2), gates.size(3)},
                    gates.scalar_type(), is_channels_last(gates));
@@ -26,7 +24,7 @@ std::tuple<Tensor, Tensor> conv_lstm_forward(const Tensor& gates,
   p.cell = cell ? cell->const_data_ptr() : nullptr;
   p.hidden = hidden.mutable_data_ptr();
   p.next_cell = next_cell.mutable_data_ptr();
-  STD_TORCH_CHECK(conv_lstm::forward(p, torch_threads()) == Status::ok, op, ": no such kernel");
+  conv_lstm::forward(p, torch_threads());
   return {hidden, next_cell};
 }
 
@@ -48,7 +46,7 @@ std::tuple<Tensor, Tensor> conv_lstm_backward(const Tensor& grad_hidden,
   p.cell = cell ? cell->const_data_ptr() : nullptr;
   p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_cell = grad_cell.mutable_data_ptr();
-  STD_TORCH_CHECK(conv_lstm::backward(p, torch_threads()) == Status::ok, op, ": no such kernel");
+  conv_lstm::backward(p, torch_threads());
   return {grad_gates, grad_cell};
 }
 

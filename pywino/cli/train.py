@@ -236,6 +236,7 @@ def _option(name, *flags, **options):
 @_option("augment", "--augment/--no-augment", help="Random shifts and mirror images.")
 @_option("limit", type=int, help="Training images to use.")
 @_option("amp", "--amp/--no-amp", help="Forward passes in bfloat16.")
+@_option("compile", "--compile/--no-compile", help="Training steps through torch.compile.")
 @_option("micro_batch", type=int, help="Samples that are computed at once.")
 @_option("init", help="Weights to start from; with --stack the folder of one.")
 @_option("sparsity", type=_Sparsities(), help="Prune to these in turn, after --epochs.")

@@ -99,7 +99,10 @@ class _Run(Run):
         if self.pruner is not None:
             self.panels = self.panels | {"sparsity": ("sparsity",), "loss": ("loss",)}
         torch.manual_seed(recipe.seed + rank)  # dropout differs between ranks
-        model = nn.parallel.DistributedDataParallel(self.net) if ranks > 1 else self.net
+        # Parameters and buffers are the network's own either way.
+        model = torch.compile(self.net) if recipe.compile else self.net
+        if ranks > 1:
+            model = nn.parallel.DistributedDataParallel(model)
         self.opt = DynamicBatchSGDM(
             self.net.parameters(),
             lr=recipe.lr,

@@ -40,6 +40,7 @@ class Recipe:
     augment: random shifts by up to an eighth of the side, and mirror images.
     limit: use so many training images, None for all.
     amp: forward passes in bfloat16 autocast.
+    compile: training steps through torch.compile, once for each of the first batch sizes.
     micro_batch: the most samples that are computed at once, None for no limit.
     init: weights to start from; of a stack the folder of another stack.
     sparsity: after `epochs` epochs the 3x3 convolutions but the first are pruned to each of these
@@ -67,6 +68,7 @@ class Recipe:
     augment: bool = False
     limit: int | None = None
     amp: bool = False
+    compile: bool = False
     micro_batch: int | None = None
     init: str | None = None
     sparsity: tuple[float, ...] = ()

@@ -21,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -182,7 +183,9 @@ class Run:
     def load(self):
         state = load_checkpoint(self.out / "checkpoint.pt")
         mine = {**self.recipe.as_dict(), "ranks": self.ranks}
-        theirs = {**state["recipe"], "ranks": state["ranks"]}
+        # What a recipe did not have yet when the checkpoint was written is as if it was not given.
+        defaults = {field.name: field.default for field in fields(self.recipe)}
+        theirs = {**defaults, **state["recipe"], "ranks": state["ranks"]}
         other = [name for name in mine if mine[name] != theirs.get(name)]
         if other:
             text = ", ".join(f"{n} {theirs.get(n)!r} (here {mine[n]!r})" for n in other)

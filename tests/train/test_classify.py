@@ -281,6 +281,37 @@ def test_micro_batches_and_autocast(tmp_path):
     assert row["test_accuracy"] > 1 / 3
 
 
+@pytest.mark.parametrize("conv", ["dense", "winograd_relu"])
+def test_compiled(tmp_path, monkeypatch, conv):
+    """The same training, with names and files as they are without."""
+    compiled = []
+
+    def compile_quickly(module):
+        compiled.append(module)
+        return torch._dynamo.optimize("aot_eager")(module)
+
+    expected = classify(recipe(epochs=2, conv=conv), tmp_path / "eager", data=DATA)
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    options = {"epochs": 2, "conv": conv, "compile": True}
+    rows = classify(recipe(**options), tmp_path / "compiled", data=DATA)
+    assert len(compiled) == 1
+    for mine, theirs in zip(rows, expected, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    eager, mine = (load_file(tmp_path / n / "last.safetensors") for n in ("eager", "compiled"))
+    assert eager.keys() == mine.keys()
+    torch._dynamo.reset()
+
+
+def test_a_checkpoint_from_before_an_option_was_there_goes_on(tmp_path):
+    classify(recipe(epochs=1), tmp_path, data=DATA)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    del state["recipe"]["compile"]
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    assert len(classify(recipe(epochs=1), tmp_path, data=DATA, resume=True)) == 1
+    with pytest.raises(ValueError, match=r"one with compile False \(here True\)"):
+        classify(recipe(epochs=1, compile=True), tmp_path, data=DATA, resume=True)
+
+
 def test_the_checkpoint_carries_the_plan(tmp_path, monkeypatch):
     """The run's kernels are measured into its folder, and come back from the checkpoint."""
     monkeypatch.delenv("PYWINO_PLAN")

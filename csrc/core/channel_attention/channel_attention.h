@@ -13,7 +13,7 @@
 
 namespace pywino::channel_attention {
 
-enum class Status : int { ok, out_of_memory, unsupported };
+enum class Status : int { ok, out_of_memory };
 
 // A dense tensor of n images: pixels x c numbers each (channels_last) or c x pixels. None of the three is 0.
 struct Shape {

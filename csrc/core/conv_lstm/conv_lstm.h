@@ -13,8 +13,6 @@
 
 namespace pywino::conv_lstm {
 
-enum class Status : int { ok, unsupported };
-
 // n images of pixels x c numbers (channels_last) or c x pixels; those of the gates have 4 c channels: a_i, a_f, a_g, a_o.
 struct Shape {
   int64_t n, c, pixels;
@@ -41,11 +39,11 @@ struct BackwardParams {
 
 // One set for each instruction set (common/isa.h), defined in cpu.cpp.
 struct Kernels {
-  Status (*forward)(const ForwardParams&, const Executor&);
-  Status (*backward)(const BackwardParams&, const Executor&);
+  void (*forward)(const ForwardParams&, const Executor&);
+  void (*backward)(const BackwardParams&, const Executor&);
 };
 
-PYWINO_API Status forward(const ForwardParams&, const Executor&);
-PYWINO_API Status backward(const BackwardParams&, const Executor&);
+PYWINO_API void forward(const ForwardParams&, const Executor&);
+PYWINO_API void backward(const BackwardParams&, const Executor&);
 
 }  // namespace pywino::conv_lstm

@@ -117,10 +117,7 @@ struct Run {
     if (column < end) cell(gates + column, apart, at + column, int(end - column));
   }
 
-  Status operator()(const Executor& executor) {
-    executor.run(executor.threads, body, this);
-    return Status::ok;
-  }
+  void operator()(const Executor& executor) { executor.run(executor.threads, body, this); }
 };
 
 PYWINO_INLINE bool is_aligned(const void* p) {
@@ -128,32 +125,32 @@ PYWINO_INLINE bool is_aligned(const void* p) {
 }
 
 template <typename T>
-Status forward_as(const ForwardParams& p, const Executor& executor) {
+void forward_as(const ForwardParams& p, const Executor& executor) {
   const Shape& s = p.shape;
   const bool past_caches = sizeof(T) == 4 && s.n * s.c * s.pixels * 4 > kStreamBytes &&
                            is_aligned(p.hidden) && is_aligned(p.next_cell);
   const Forward<T> cell{static_cast<const T*>(p.gates), static_cast<const T*>(p.cell),
                         static_cast<T*>(p.hidden), static_cast<T*>(p.next_cell), past_caches};
-  return Run<Forward<T>>(s, cell, past_caches)(executor);
+  Run<Forward<T>>(s, cell, past_caches)(executor);
 }
 
 template <typename T>
-Status backward_as(const BackwardParams& p, const Executor& executor) {
+void backward_as(const BackwardParams& p, const Executor& executor) {
   const Backward<T> cell{
       static_cast<const T*>(p.grad_hidden), static_cast<const T*>(p.grad_next_cell),
       static_cast<const T*>(p.gates),       static_cast<const T*>(p.cell),
       static_cast<T*>(p.grad_gates),        static_cast<T*>(p.grad_cell)};
-  return Run<Backward<T>>(p.shape, cell, false)(executor);
+  Run<Backward<T>>(p.shape, cell, false)(executor);
 }
 
-Status run_forward(const ForwardParams& params, const Executor& executor) {
-  return with_dtype(params.shape.dtype,
-                    [&](auto element) { return forward_as<decltype(element)>(params, executor); });
+void run_forward(const ForwardParams& params, const Executor& executor) {
+  with_dtype(params.shape.dtype,
+             [&](auto element) { forward_as<decltype(element)>(params, executor); });
 }
 
-Status run_backward(const BackwardParams& params, const Executor& executor) {
-  return with_dtype(params.shape.dtype,
-                    [&](auto element) { return backward_as<decltype(element)>(params, executor); });
+void run_backward(const BackwardParams& params, const Executor& executor) {
+  with_dtype(params.shape.dtype,
+             [&](auto element) { backward_as<decltype(element)>(params, executor); });
 }
 
 }  // namespace

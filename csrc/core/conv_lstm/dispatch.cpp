@@ -5,11 +5,11 @@ namespace pywino::conv_lstm {
 
 PYWINO_CHOOSE_COPY(Kernels, kernels)
 
-Status forward(const ForwardParams& params, const Executor& executor) {
-  return kernels().forward(params, executor);
+void forward(const ForwardParams& params, const Executor& executor) {
+  kernels().forward(params, executor);
 }
-Status backward(const BackwardParams& params, const Executor& executor) {
-  return kernels().backward(params, executor);
+void backward(const BackwardParams& params, const Executor& executor) {
+  kernels().backward(params, executor);
 }
 
 }  // namespace pywino::conv_lstm
