@@ -263,6 +263,11 @@ def test_plain(compare):
 def test_calls(compare):
     compare(sleep(1), {"p": sleep(2)}, calls=5, overhead=True)
 
+@pytest.mark.benchmark(group="formats")
+def test_formats(compare):
+    compare({"nchw": sleep(1), "last": sleep(2)}, {"nchw": sleep(4, error=1.0), "last": sleep(6)},
+            reference=exact, limit=0)
+
 @pytest.mark.benchmark(group="more")
 def test_more(compare):
     compare(sleep(1000), {"p": sleep(2000)}, rounds=3,
@@ -352,6 +357,17 @@ def tiny(tmp_path_factory):
 
 def rows(tiny, table):
     return json.loads((tiny[1] / f"{table}.json").read_text())["rows"]
+
+
+def test_ours_and_a_peer_of_the_same_name_have_their_own_errors(tiny):
+    (row,) = rows(tiny, "formats").values()
+    assert (row["algorithm"], row["against"], row["ratio"]) == (
+        "nchw",
+        "nchw",
+        pytest.approx(4, 1e-3),
+    )
+    assert row["error"] == 0 == row["peers_error"]["last"]
+    assert row["peers_error"]["nchw"] > 0.1
 
 
 def test_compare_measures_the_better_candidate_against_the_better_peer(tiny):
