@@ -28,17 +28,19 @@ from rich.progress import track
 @dataclass
 class Recipe:
     """`checks` are called with a Kernel and a schedule. `harmless` maps the text of mutated lines
-    to why they change nothing. `headers` of csrc are broken too; `others` are linked, unbroken."""
+    to why they change nothing. `headers` of csrc are broken too; `others` are linked, unbroken.
+    `choices` are functions of the source whose answer changes what is fast, and no number."""
 
     source: Path
     checks: Sequence[Callable]
     harmless: dict[str, str] = field(default_factory=dict)
     headers: Sequence[Path] = ()
     others: Sequence[Path] = ()
+    choices: Sequence[str] = ()
 
     def kernel(self, mode, changed, quickly=True):
         return Kernel(
-            self.source, mode, changed=changed, others=self.others, quickly=quickly, seconds=5
+            self.source, mode, changed=changed, others=self.others, quickly=quickly, seconds=10
         )
 
 
@@ -75,14 +77,17 @@ def device_code(text):
     return (start.start() if start else 0), (end.start() if end else len(text))
 
 
-def mutants(text):
-    """(text, line number, mutated line, name) of each."""
+def mutants(text, choices=()):
+    """(text, line number, mutated line, name) of each, outside of the bodies of `choices`."""
     begin, end = device_code(text)
+    bodies = [re.search(rf"\b{name}\([^)]*\) {{.*?\n}}", text, re.DOTALL) for name in choices]
     for pattern, replacement, name in MUTATIONS:
         for match in re.compile(pattern).finditer(text, begin, end):
             line_start = text.rfind("\n", 0, match.start()) + 1
             before = text[line_start : match.start()]
             if "//" in text[line_start : match.end()]:
+                continue
+            if any(body.start() < match.start() < body.end() for body in bodies):
                 continue
             if before.lstrip().startswith(("#", "static_assert")):
                 continue
@@ -140,7 +145,8 @@ def run(recipe, path, jobs, sample=None):
             # By which every mutant would be caught.
             print(f"{path.name}: fails as it is, in {mode} mode: {found or 'does not compile'}")
             return 1
-    cases = list(mutants(path.read_text()))
+    choices = recipe.choices if path == recipe.source else ()
+    cases = list(mutants(path.read_text(), choices))
     if sample is not None and sample < len(cases):
         cases = random.Random(0).sample(cases, sample)
     with ThreadPoolExecutor(jobs) as pool:

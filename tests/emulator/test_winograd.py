@@ -513,8 +513,28 @@ def check_filter_transform(kernel, case, rotate, **how):
     assert not u[:, :, c:].any()
 
 
-# taps, tiles, C', K': each of the three block shapes, and edges of each.
-PRODUCTS = [(4, 49, 24, 72), (5, 130, 40, 8), (3, 131, 72, 136), (2, 300, 136, 144)]
+# taps, tiles, C', K': each of the three block shapes, with edges and without, one block and
+# several, fewer steps than stages and more.
+PRODUCTS = [
+    (4, 49, 24, 72),  # 64 x 64
+    (3, 70, 200, 8),
+    (2, 257, 64, 128),
+    (64, 129, 24, 40),  # 128 x 64
+    (32, 256, 40, 136),  # 128 x 128
+    (64, 130, 8, 128),
+]
+
+
+def block_of(shape):
+    """As launch_for in cuda_product.cu has it."""
+    taps, tiles, _, k = shape
+    if taps * -(-tiles // 128) * -(-k // 128) < 128 or tiles <= 64:
+        return 64, 64
+    return 128, 64 if k <= 64 else 128
+
+
+def test_products_take_every_block():
+    assert {block_of(shape) for shape in PRODUCTS} == {(64, 64), (128, 64), (128, 128)}
 
 
 # The same for wgmma: each of its three tiles, and edges of each; blocks with one tile and with
@@ -593,7 +613,10 @@ def check_output_transform(kernel, case, **how):
 
 
 # taps, tiles, C', K', splits: both block shapes and edges of each, one step, splits without a tile.
-SUMS = [(4, 49, 24, 72, 3), (3, 129, 136, 72, 2), (2, 291, 72, 200, 5), (1, 5, 8, 16, 4)]
+SUMS = [
+    *((4, 49, 24, 72, 3), (3, 129, 136, 72, 2), (2, 291, 72, 200, 5), (1, 5, 8, 16, 4)),
+    *((2, 64, 64, 64, 1), (2, 70, 128, 128, 2)),
+]
 
 
 def check_summed_product(kernel, shape, domain, **how):
@@ -1308,7 +1331,36 @@ MUTATE = [
         ],
         harmless={
             "const int64_t steps = (p.tiles + G::BK + 1) / G::BK;": "one more stage of zeros",
+            "gemm.run(stages, int((p.channels + G::BK + 1) / G::BK), "
+            "[&](int iteration, uint32_t stage) {": "one more stage of zeros",
+            **dict.fromkeys(
+                (
+                    "gemm.run(stages, int((p.channels + G::BK - 2) / G::BK), "
+                    "[&](int iteration, uint32_t stage) {",
+                    "const int64_t blocks_n = (p.out_channels + G::BN - 2) / G::BN;",
+                    "const int64_t blocks_n = (p.channels + G::BN - 2) / G::BN;",
+                    "const int64_t blocks_m = (p.out_channels + G::BM - 2) / G::BM;",
+                    "const int64_t blocks = (p.out_channels + G::BM - 2) / G::BM * "
+                    "((p.channels + G::BN - 1) / G::BN);",
+                    "const int64_t blocks = (p.out_channels + G::BM - 1) / G::BM * "
+                    "((p.channels + G::BN - 2) / G::BN);",
+                    "const int64_t blocks = (p.out_channels + G::BN - 2) / G::BN * "
+                    "((p.tiles + G::BM - 1) / G::BM);",
+                ),
+                "channels are multiples of 8",
+            ),
+            **dict.fromkeys(
+                (
+                    "if (p.channels < 64 || p.out_channels <= 64) return "
+                    "launch<GemmTn<Mma, 64, 64, 2, 2>>(p, stream);",
+                    "if (p.channels <= 64 || p.out_channels < 64) return "
+                    "launch<GemmTn<Mma, 64, 64, 2, 2>>(p, stream);",
+                    "if (p.out_channels < 64) return launch<Gemm<Mma, 128, 64, 4, 2>>(p, stream);",
+                ),
+                "a block of another size",
+            ),
         },
+        choices=("is_large",),
         headers=[CSRC / "core" / "common" / "gemm.cuh"],
     ),
     Recipe(
