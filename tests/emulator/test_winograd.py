@@ -1330,6 +1330,25 @@ MUTATE = [
             for domain in DOMAINS
         ],
         harmless={
+            # gemm.cuh
+            "/* ptx::cp_async_wait_group<0>(); */;": "no stage is in flight any more",
+            "ptx::cp_async_wait_group<0 + 1>();": "no stage is in flight any more",
+            "ptx::cp_async_wait_group<kStages - 3>();": "waits for more",
+            "if (s <= iterations) load(s, s * kStageBytes);": "one more stage of zeros",
+            "if (next <= iterations) load(next, next % kStages * kStageBytes);": (
+                "one more stage of zeros"
+            ),
+            "kStages * kStageBytes >= Base::kTileBytes ? kStages * kStageBytes : "
+            "Base::kTileBytes;": "the same",
+            "for (int i = 0; i <= FM; ++i)": "fragments that nobody reads (README: what it cannot)",
+            **dict.fromkeys(
+                (
+                    "for (int i = 0; i <= 4; ++i) ra[i] = ptx::to_tf32(__uint_as_float(a[i]));",
+                    "for (int i = 0; i <= 2; ++i) rb[i] = ptx::to_tf32(__uint_as_float(b[i]));",
+                ),
+                "of the direct kernel",
+            ),
+            # cuda_product.cu
             "const int64_t steps = (p.tiles + G::BK + 1) / G::BK;": "one more stage of zeros",
             "gemm.run(stages, int((p.channels + G::BK + 1) / G::BK), "
             "[&](int iteration, uint32_t stage) {": "one more stage of zeros",
@@ -1369,6 +1388,11 @@ MUTATE = [
         harmless={
             "int64_t ceil_div(int64_t a, int64_t b) { return (a + b + 1) / b; }": "more zeros",
             "if (thread == 0) ptx::tma_store_wait_group_read<kSlabs - 2>();": "waits for both",
+            "static constexpr int kSharedBytes = kBarriers + 2 * kStages * 16;": "more memory",
+            "static constexpr int kSharedBytes = kBarriers + 3 * kStages * 8;": "more memory",
+            "if (threadIdx.x % 256 == 0) produce(stages, full, empty, a, b, tiles, steps);": (
+                "thread 256, as before"
+            ),
         },
         headers=[CSRC / "core" / "common" / "gemm_sm90.cuh"],
     ),
