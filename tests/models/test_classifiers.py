@@ -150,7 +150,9 @@ def test_dropout_is_between_convolutions():
 
 
 @pytest.mark.parametrize(
-    "build", [alexnet, resnet32, resnet18, convpool_cnn_c, all_cnn_c, vgg16], ids=str
+    "build",
+    [alexnet, resnet32, resnet18, convpool_cnn_c, all_cnn_c, vgg16],
+    ids=lambda build: build.__name__,
 )
 def test_unknown_kind(build):
     with pytest.raises(ValueError, match="conv must be one of dense, winograd, winograd_relu"):
