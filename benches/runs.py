@@ -4,7 +4,7 @@
     python benches/runs.py FOLDER [--kept benches/runs]
 
 copies what is small of the finished runs in FOLDER (folders that `pywino train` wrote, or what
-`make gpu-train` left) to benches/runs/<name>: recipe.json, log.jsonl, curves.png, stack.json.
+`make gpu-train` left) to benches/runs/<name>: recipe.json, log.jsonl, pictures, stack.json.
 benches/tables.py makes the tables `accuracy` and `accuracy_by_batch` of them. A cell that was not
 run stays empty.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEPT = Path(__file__).parent / "runs"
-SMALL = ("recipe.json", "log.jsonl", "curves.png", "stack.json", "detection.json")
+SMALL = ("recipe.json", "log.jsonl", "curves.png", "kernels.png", "stack.json", "detection.json")
 PIECES = "work.tar.*"  # of gpu-train
 
 # (data, network, its kind, what the paper reports in per cent, at which sparsity)
