@@ -1056,6 +1056,8 @@ DIRECT = [
     Case(c=36, h=13, w=19, k=80, dtype="f32", domain="f16"),
     Case(n=3, c=8, h=3, w=2, k=8, padding=5, dilation=4, residual=False, bias=False),
     Case(n=1, c=136, h=12, w=12, k=136, padding=0),
+    Case(c=64, h=8, w=16, k=128),  # whole blocks
+    Case(c=8, h=3, w=43, k=64),  # and one pixel more
 ]
 DIRECT_BOUND = {
     ("f16", "f16"): 2.6e-4,
@@ -1411,6 +1413,27 @@ MUTATE = [
             ),
             *(functools.partial(check_cell, case=c) for c in CELLS),
         ],
+        harmless={
+            "x[e] = from_float<E>(product <= 0.f ? 0.f : product);  // NaN stays": "of 0",
+            "if (p.relu) sums.x[e] = sums.x[e] <= 0.f ? 0.f : sums.x[e];  // NaN stays": "of 0",
+            "return p.k < 64 ? launch<Narrow, Fused::none>(p, stream) : "
+            "launch<Wide, Fused::none>(p, stream);": "a block of another size",
+            "const int steps = int((channels + G::BK + 1) / G::BK);": "one more stage of zeros",
+            "const int steps = int((channels + G::BK - 2) / G::BK);": "channels are whole 16 bytes",
+            "const int64_t blocks_n = (p.padded_out + G::BN - 2) / G::BN;": "multiples of 8",
+            "const int64_t blocks = (p.padded_out + G::BN - 2) / G::BN * "
+            "((pixels + G::BM - 1) / G::BM);": "multiples of 8",
+            "const int64_t blocks = (p.padded_out + G::BN + 1) / G::BN * "
+            "((pixels + G::BM - 1) / G::BM);": "blocks without a pixel",
+            "const int64_t blocks = (p.padded_out + G::BN - 1) / G::BN * "
+            "((pixels + G::BM + 1) / G::BM);": "blocks without a pixel",
+            "const bool whole = p.k % 16 == 0;  // every chunk of eight channels is aligned": (
+                "number by number instead of eight at once"
+            ),
+            "exists ? u + (tap * p.padded_out + row) * channels + k : u, exists ? 16 : 16);": (
+                "of k that are zero in the pixels, or of outputs that are not there"
+            ),
+        },
         others=[CORE / "cuda_transforms.cu", CORE / "cuda_nchw.cu"],
     ),
 ]
