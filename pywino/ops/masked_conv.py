@@ -114,12 +114,8 @@ def _runs(weight, padding, dilation):
     """The kernels of the CPU as functions of input and mask."""
     weight = weight.detach()
     size, where = tuple(weight.shape[2:]), (padding, dilation)
-    filters = {}  # packed in the first call, which is not the quickest
-
-    def filter_of(name):
-        if name not in filters:
-            filters[name] = pack(weight, name)
-        return filters[name]
+    # In the first call, which is not the quickest.
+    filter_of = functools.cache(lambda name: pack(weight, name))
 
     def pixels(input, mask):
         listed = _ops._masked_pixels.default(mask)
