@@ -90,6 +90,23 @@ PYWINO_INLINE void transform_patch(const Load& load_at, bool relu_after, E* v, i
   }
 }
 
+// Rows or columns of a patch: `first`, first + d, ... of `size` that exist. One outside is read as zero, with a load whose lanes
+// are all masked. Its address is that of the nearest one inside: a masked load of a page that is not there is correct, but the
+// core needs some hundred cycles to find that out.
+template <int P>
+struct Lines {
+  int64_t at[P];
+  uint32_t inside[P];
+
+  Lines(int64_t first, int64_t d, int64_t size, int64_t pitch) {
+    for (int i = 0; i < P; ++i) {
+      const int64_t line = first + i * d, nearest = max<int64_t>(0, min(line, size - 1));
+      at[i] = nearest * pitch;
+      inside[i] = nearest == line ? ~0u : 0u;
+    }
+  }
+};
+
 template <typename Patch, bool Gated, typename T, typename Place, typename E>
 void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                            const Place& place, bool relu_after, E* v, int64_t stride) {
@@ -129,28 +146,25 @@ void patches_channels_last(const Source<T>& src, const Piece& piece, int64_t blo
             relu_after, v + place(tile, whole), stride);
       }
     } else {
-      // At the border: which rows and columns of the patch lie inside.
-      uint32_t rows[P], columns[P];
-      for (int i = 0; i < P; ++i) {
-        const int64_t y = y0 + i * src.dil_h, x = x0 + i * src.dil_w;
-        rows[i] = y >= 0 && y < src.height ? ~0u : 0u;
-        columns[i] = x >= 0 && x < src.width ? ~0u : 0u;
-      }
+      const Lines<P> rows(y0, src.dil_h, src.height, src.width * C),
+          columns(x0, src.dil_w, src.width, C);
       for (int64_t b = block0; b < block1; ++b) {
-        const T* p = patch + b * kLanes;
         const int lanes = int(min<int64_t>(kLanes, C - b * kLanes));
         const vec gate = gate_of(b, lanes);
+        const auto pixel = [&](int i, int j) __attribute__((always_inline)) {
+          return image + rows.at[i] + columns.at[j] + b * kLanes;
+        };
         if (lanes == kLanes)
           transform_patch<Patch>(
               [&](int i, int j) __attribute__((always_inline)) {
-                return gated(load_if(p + i * row + j * column, rows[i] & columns[j]), gate);
+                return gated(load_if(pixel(i, j), rows.inside[i] & columns.inside[j]), gate);
               },
               relu_after, v + place(tile, b), stride);
         else
           transform_patch<Patch>(
               [&](int i, int j) __attribute__((always_inline)) {
-                return rows[i] & columns[j]
-                           ? gated(load_part(p + i * row + j * column, 0, lanes), gate)
+                return rows.inside[i] & columns.inside[j]
+                           ? gated(load_part(pixel(i, j), 0, lanes), gate)
                            : zero();
               },
               relu_after, v + place(tile, b), stride);
@@ -164,32 +178,31 @@ template <typename Patch, typename T, typename Place, typename E>
 void patches_of_mask(const Source<T>& src, const Piece& piece, int64_t block0, int64_t block1,
                      const Place& place, bool relu_after, E* v, int64_t stride) {
   constexpr int P = Patch::kSize;
-  const int64_t C = src.channels, H = src.height, W = src.width, row = src.dil_h * W * C,
-                column = src.dil_w * C, y0 = piece.y - src.pad_h;
+  const int64_t C = src.channels, H = src.height, W = src.width;
   const T* image = src.data + piece.image * H * W * C;
   const uint8_t* mask = src.mask + piece.image * H * W;
+  const Lines<P> rows(piece.y - src.pad_h, src.dil_h, H, W);
   for (int s = 0; s < piece.count; ++s) {
-    const int64_t x0 = piece.x + piece.offset(s) - src.pad_w;
+    const Lines<P> columns(piece.x + piece.offset(s) - src.pad_w, src.dil_w, W, 1);
     uint32_t inside[P][P];
     for (int i = 0; i < P; ++i)
-      for (int j = 0; j < P; ++j) {
-        const int64_t y = y0 + i * src.dil_h, x = x0 + j * src.dil_w;
-        inside[i][j] = y >= 0 && y < H && x >= 0 && x < W ? 0u - mask[y * W + x] : 0u;
-      }
+      for (int j = 0; j < P; ++j)
+        inside[i][j] = rows.inside[i] & columns.inside[j] & (0u - mask[rows.at[i] + columns.at[j]]);
     for (int64_t b = block0; b < block1; ++b) {
-      const T* p = image + (y0 * W + x0) * C + b * kLanes;
       const int lanes = int(min<int64_t>(kLanes, C - b * kLanes));
+      const auto pixel = [&](int i, int j) __attribute__((always_inline)) {
+        return image + (rows.at[i] + columns.at[j]) * C + b * kLanes;
+      };
       E* to = v + place(piece.local + s, b);
       if (lanes == kLanes)
         transform_patch<Patch>(
-            [&](int i, int j) __attribute__((always_inline)) {
-              return load_if(p + i * row + j * column, inside[i][j]);
-            },
+            [&](int i, int j)
+                __attribute__((always_inline)) { return load_if(pixel(i, j), inside[i][j]); },
             relu_after, to, stride);
       else
         transform_patch<Patch>(
             [&](int i, int j) __attribute__((always_inline)) {
-              return inside[i][j] ? load_part(p + i * row + j * column, 0, lanes) : zero();
+              return inside[i][j] ? load_part(pixel(i, j), 0, lanes) : zero();
             },
             relu_after, to, stride);
     }
