@@ -267,7 +267,7 @@ struct Epilogue {
 template <int M, typename T, typename E>
 void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
                  int64_t panel0, int64_t panel1, const float* u, int64_t pitch, const E* v,
-                 float* m, Prefetch<M, T>& inputs, const Epilogue& epilogue) {
+                 float* m, InputPrefetch<M, T>& inputs, const Epilogue& epilogue) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
   const int64_t depth = Depth<E>::floats(job.geometry.input.c), K = job.geometry.out_channels,
                 channel = panel0 * kPanel;
@@ -278,6 +278,12 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
     return u + (panel - panel0) * kPanel * A2 * depth +
            xi * (pitch ? pitch : vectors(panel) * kLanes * depth);
   };
+  // Every other position fetches for the output, the others for the next chunk.
+  OutputPrefetch<M, T> outputs;
+  if (job.fetch_output)
+    outputs =
+        OutputPrefetch<M, T>(job, {&job, channel, min(K - channel, (panel1 - panel0) * kPanel)},
+                             first + t0, first + t1, A2 / 2 * (panel1 - panel0) * (g1 - g0), depth);
   for (int xi = 0; xi < A2; ++xi)
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const Multiply* table = multiplies<E>(vectors(panel));
@@ -295,7 +301,9 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
         table[groups.size(g) - 1](
             depth, reinterpret_cast<const float*>(block), filter(xi, panel),
             m + xi * job.stride_m + m_offset(t1 - t0, all, start - t0, int(panel - panel0) * 2),
-            job.fetch_filter ? next_filter : inputs.next());
+            job.fetch_filter                  ? next_filter
+            : job.fetch_output && xi % 2 == 1 ? outputs.next()
+                                              : inputs.next());
         next_filter.next += depth / 4 * next_filter.rate * next_filter.pitch;
       }
     }
@@ -410,13 +418,14 @@ struct Run {
     for (int64_t chunk = take(&run.next); chunk < run.chunks; chunk = take(&run.next)) {
       int64_t begin, end, next_begin, next_end;
       run.chunk_bounds(chunk, &begin, &end);
-      Prefetch<M, T> ahead;
+      InputPrefetch<M, T> ahead;
       // The threads take turns, so this one's next chunk is most likely `threads` further on.
       if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
         run.chunk_bounds(next, &next_begin, &next_end);
-        ahead = Prefetch<M, T>(job, next_begin, next_end,
-                               run.panels * A2 * Groups(int(end - begin), job.rows).count,
-                               Depth<E>::floats(job.geometry.input.c));
+        const int64_t products = run.panels * A2 * Groups(int(end - begin), job.rows).count;
+        ahead = InputPrefetch<M, T>(job, {&job}, next_begin, next_end,
+                                    job.fetch_output ? products / 2 : products,
+                                    Depth<E>::floats(job.geometry.input.c));
       }
       const int tiles = int(end - begin);
       const Groups groups(tiles, job.rows);
@@ -457,7 +466,7 @@ struct Run {
     }
     float* own = reinterpret_cast<float*>(reinterpret_cast<char*>(m) + run.m_bytes);
     const int splits = min(run.splits, groups.count);
-    Prefetch<M, T> nothing;
+    InputPrefetch<M, T> nothing;
     for (int64_t task = take(&run.next); task < run.panels * splits; task = take(&run.next)) {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
@@ -546,6 +555,9 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   job.stream = sizeof(T) == 4 && (params.lstm ? streams(g, channels, params.lstm->hidden) &&
                                                     streams(g, channels, params.lstm->next_cell)
                                               : streams(g, channels, params.output));
+  job.fetch_output =
+      !g.channels_last && !job.stream && !plan.fetch_filter &&
+      g.input.n * g.out_channels * g.out_h() * g.out_w() * int64_t(sizeof(T)) > kPrefetchBytes;
   Run<M, T, E> run{job, executor, panels, plan.panels, chunks};
   run.prefetch =
       g.input.n * g.input.c * g.input.h * g.input.w * int64_t(sizeof(T)) > kPrefetchBytes;

@@ -95,7 +95,7 @@ struct Blocks {
   template <int M, typename T>
   static void product(const Job<T>& job, const Filter& filter, int64_t entries, int tiles,
                       int64_t xi, const Panel& panel, int64_t u0, int64_t u1, const float* v,
-                      float* m, Prefetch<M, T>& ahead) {
+                      float* m, InputPrefetch<M, T>& ahead) {
     const Groups groups(tiles, kRows1);
     const float* values = filter.values(entries);
     for (int64_t u = u0; u < u1; ++u) {
@@ -233,7 +233,7 @@ struct Lists {
   template <int M, typename T>
   static void product(const Job<T>& job, const Filter& filter, int64_t entries, int tiles,
                       int64_t xi, const Panel& panel, int64_t u0, int64_t u1, const float* v,
-                      float* m, Prefetch<M, T>& ahead) {
+                      float* m, InputPrefetch<M, T>& ahead) {
     position(filter, entries, job.geometry.out_channels, job.geometry.input.c, tiles, xi, panel, u0,
              u1, v, m, [&]() -> const Ahead& { return ahead.next(); });
   }
@@ -347,13 +347,13 @@ struct SparseRun {
       int64_t begin, end;
       run.chunk_bounds(chunk, &begin, &end);
       const int tiles = int(end - begin);
-      Prefetch<M, T> ahead;
+      InputPrefetch<M, T> ahead;
       // The threads take turns, so this one's next chunk is most likely `threads` further on.
       if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
         int64_t next_begin, next_end;
         run.chunk_bounds(next, &next_begin, &next_end);
-        ahead = Prefetch<M, T>(job, next_begin, next_end, Format::calls(run.filter, tiles),
-                               Format::kDepth);
+        ahead = InputPrefetch<M, T>(job, {&job}, next_begin, next_end,
+                                    Format::calls(run.filter, tiles), Format::kDepth);
       }
       Format::template input<M>(job, begin, tiles, 0, tiles, 0, job.blocks, v, stage);
       for (int64_t u = 0; u < run.filter.units; u += run.panel_size) {
@@ -391,7 +391,7 @@ struct SparseRun {
 
   static void joint_product(void* arg) {
     SparseRun& run = *static_cast<SparseRun*>(arg);
-    Prefetch<M, T> nothing;
+    InputPrefetch<M, T> nothing;
     const int64_t parts = ceil_div(run.panel.size(), kPart);
     for (int64_t task = take(&run.next); task < A2 * parts; task = take(&run.next)) {
       const int64_t xi = task / parts, u = run.panel.begin + task % parts * kPart;

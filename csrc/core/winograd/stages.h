@@ -48,6 +48,7 @@ struct Job {
   int rows;                   // most tiles of a register block
   bool stream;                // write the output past the caches
   bool fetch_filter = false;  // while it is used: it does not stay in the second-level cache
+  bool fetch_output = false;  // before it is written, where that is not past the caches
 
   PYWINO_INLINE Piece piece(int64_t q, int64_t most) const {
     return geometry.channels_last ? grid.piece(q, most) : grid.strip_piece(q, most);
@@ -81,28 +82,87 @@ void input_stage(const Job<T>& job, int64_t first, int t0, int t1, const Groups&
 }
 
 // --- prefetch -----------------------------------------------------------------------------------------------------------
-// The product computes and hardly reads memory; the input stage waits for memory and hardly computes. So while one chunk is
-// multiplied, the patches of the next are fetched into the second-level cache, a few lines after each register block.
+// The product computes and hardly reads memory; the other stages wait for memory and hardly compute. So while one chunk is
+// multiplied, what they will touch is fetched into the second-level cache, a few lines after each register block: the patches of
+// the next chunk, and in NCHW the rows that the output stage will write, where their lines cannot go past the caches.
+
+// A row of pixels by its cache lines, or of planes by its planes: slots of `lines` cache lines.
+struct Region {
+  const char* at;
+  int64_t slots, pitch;  // bytes from slot to slot
+  int lines;
+
+  // Of rows of `columns` pixels of T in `planes` planes.
+  template <typename T>
+  static Region of_planes(const T* at, int64_t columns, int64_t planes, int64_t plane) {
+    const int64_t before = int64_t(reinterpret_cast<uintptr_t>(at) % 64);
+    return {reinterpret_cast<const char*>(at) - before, planes, plane * int64_t(sizeof(T)),
+            int(ceil_div<int64_t>(before + columns * int64_t(sizeof(T)), 64))};
+  }
+};
+
+// The rows of patches, of one source after the other.
 template <int M, typename T>
+struct InputRows {
+  static constexpr int A = Transform<M>::A, kRows = 2 * A;
+  const Job<T>* job;
+
+  // Row i of a piece; no slots where it lies outside the input.
+  Region operator()(const Piece& piece, int i) const {
+    const Geometry& g = job->geometry;
+    const Source<T>& source = job->sources[i / A];
+    const int64_t C = source.channels, y = piece.y - g.pad_h + i % A * g.dil_h;
+    if (!C || y < 0 || y >= g.input.h) return {};
+    const int64_t x0 = max<int64_t>(0, piece.x - g.pad_w),
+                  span = piece.offset(piece.count - 1) + (A - 1) * g.dil_w + 1,
+                  columns = max<int64_t>(0, min(span, g.input.w - x0));
+    if (!g.channels_last) {
+      const T* row = source.data + (piece.image * C * g.input.h + y) * g.input.w + x0;
+      return Region::of_planes(row, columns, C, g.input.h * g.input.w);
+    }
+    const T* row = source.data + ((piece.image * g.input.h + y) * g.input.w + x0) * C;
+    return {reinterpret_cast<const char*>(row), ceil_div<int64_t>(columns * C * sizeof(T), 64), 64,
+            1};
+  }
+};
+
+// The rows of outputs in `channels` planes.
+template <int M, typename T>
+struct OutputRows {
+  static constexpr int kRows = M;
+  const Job<T>* job;
+  int64_t channel, channels;
+
+  Region operator()(const Piece& piece, int i) const {
+    const int64_t y = piece.y + i * job->geometry.dil_h, x = piece.x;
+    if (y >= job->out_h) return {};
+    const int64_t K = job->geometry.out_channels,
+                  span = piece.offset(piece.count - 1) + (M - 1) * job->geometry.dil_w + 1,
+                  plane = job->out_h * job->out_w;
+    const T* row = static_cast<const T*>(job->params.output) + (piece.image * K + channel) * plane +
+                   y * job->out_w + x;
+    return Region::of_planes(row, min(span, job->out_w - x), channels, plane);
+  }
+};
+
+template <typename T, typename Rows>
 class Prefetch {
  public:
   // Nothing to fetch.
   Prefetch() = default;
 
-  // The patches of tiles [first, end), in `calls` calls of next().
-  Prefetch(const Job<T>& job, int64_t first, int64_t end, int64_t calls, int64_t depth)
-      : job_(&job), tile_(first), end_(end), quarters_(max<int64_t>(1, depth / 4)) {
+  // The rows of tiles [first, end), in `calls` calls of next().
+  Prefetch(const Job<T>& job, const Rows& rows, int64_t first, int64_t end, int64_t calls,
+           int64_t depth)
+      : job_(&job), rows_(rows), tile_(first), end_(end), quarters_(max<int64_t>(1, depth / 4)) {
     int64_t slots = 0;
     for (int64_t t = first; t < end;) {
-      piece_ = job.piece(t, end - t);
-      for (i_ = 0; i_ < kRows; i_ += A) {
-        row();
-        slots += A * slots_;
-      }
-      t += piece_.count;
+      const Piece piece = job.piece(t, end - t);
+      for (int i = 0; i < Rows::kRows; ++i) slots += rows(piece, i).slots;
+      t += piece.count;
     }
     ahead_.rate = int(ceil_div(slots, calls * quarters_));
-    open();
+    advance();
   }
 
   // What to fetch during the next register block.
@@ -115,59 +175,42 @@ class Prefetch {
   }
 
  private:
-  static constexpr int A = Transform<M>::A, kRows = 2 * A;
-
-  void open() {
-    if (tile_ >= end_) {
-      job_ = nullptr;
-      ahead_.rate = 0;
+  // To the next row that there is.
+  void advance() {
+    for (;; ++i_) {
+      if (i_ == Rows::kRows) {
+        if (tile_ >= end_) break;
+        piece_ = job_->piece(tile_, end_ - tile_);
+        tile_ += piece_.count;
+        i_ = 0;
+      }
+      const Region region = rows_(piece_, i_);
+      if (region.slots == 0) continue;
+      ahead_.next = region.at;
+      ahead_.pitch = region.pitch;
+      ahead_.lines = region.lines;
+      slots_ = region.slots;
+      ++i_;
       return;
     }
-    piece_ = job_->piece(tile_, end_ - tile_);
-    tile_ += piece_.count;
-    i_ = -1;
-    advance();
-  }
-
-  // To the next row of the patches that lies inside the input.
-  void advance() {
-    const Geometry& g = job_->geometry;
-    for (++i_; i_ < kRows; ++i_) {
-      const int64_t y = piece_.y - g.pad_h + i_ % A * g.dil_h;
-      if (y >= 0 && y < g.input.h && job_->sources[i_ / A].channels) return row();
-    }
-    open();
-  }
-
-  // A slot is a cache line of a row of pixels, or the row of one plane.
-  void row() {
-    const Geometry& g = job_->geometry;
-    const Source<T>& source = job_->sources[i_ / A];
-    const int64_t C = source.channels, y = max<int64_t>(0, piece_.y - g.pad_h + i_ % A * g.dil_h);
-    const int64_t x0 = max<int64_t>(0, piece_.x - g.pad_w),
-                  span = piece_.offset(piece_.count - 1) + (A - 1) * g.dil_w + 1,
-                  columns = max<int64_t>(0, min(span, g.input.w - x0));
-    const T* input = source.data;
-    int64_t bytes;
-    if (!g.channels_last) {
-      input += (piece_.image * C * g.input.h + y) * g.input.w + x0;
-      slots_ = C, bytes = columns * sizeof(T), ahead_.pitch = g.input.h * g.input.w * sizeof(T);
-    } else {
-      input += ((piece_.image * g.input.h + y) * g.input.w + x0) * C;
-      slots_ = ceil_div<int64_t>(columns * C * sizeof(T), 64), bytes = ahead_.pitch = 64;
-    }
-    ahead_.next = reinterpret_cast<const char*>(input);
-    ahead_.lines = int(ceil_div<int64_t>(bytes, 64));
+    job_ = nullptr;
+    ahead_.rate = 0;
   }
 
   const Job<T>* job_ = nullptr;
+  Rows rows_{};
   int64_t tile_ = 0, end_ = 0;
   int64_t quarters_ = 0,
-          slots_ = 0;  // fours of channels in a register block; slots left in the row
-  int i_ = 0;          // row of the patches: those of the first source, then the second's
+          slots_ = 0;    // fours of channels in a register block; slots left in the row
+  int i_ = Rows::kRows;  // the next row of the piece
   Piece piece_{};
   Ahead ahead_ = kNothing;
 };
+
+template <int M, typename T>
+using InputPrefetch = Prefetch<T, InputRows<M, T>>;
+template <int M, typename T>
+using OutputPrefetch = Prefetch<T, OutputRows<M, T>>;
 
 // --- output transform -----------------------------------------------------------------------------------------------------
 // Y = A^T m A of one tile and one vector of channels, row by row: store_row(i, y) gets M vectors.
@@ -292,15 +335,20 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
           for (int j = 0; j < columns; ++j)
             if (!mask[j]) store(pixels + j * kLanes, zero());
         }
-        for (int j = 0; j < columns; j += kLanes) {
-          const int width = min(kLanes, columns - j);
+        // Where the output is streamed, all planes are aligned alike: what comes before the first whole line is written first.
+        const int before =
+            job.stream ? int(-(reinterpret_cast<uintptr_t>(out + row) / sizeof(T)) % kLanes) : 0;
+        for (int j = 0, width; j < columns; j += width) {
+          width = min(j < before ? before : kLanes, columns - j);
           vec r[kLanes];
           PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = load(pixels + (j + c) * kLanes);
           transpose(r);
-          if (width == kLanes && lanes == kLanes && !residual) {
+          T* to = out + row + j;
+          const T* skip = residual ? residual + row + j : nullptr;
+          if (width == kLanes && lanes == kLanes) {
+            if (skip) PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] += load(skip + c * plane);
             if (relu_out) PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] = relu(r[c]);
-            T* to = out + row + j;
-            if (sizeof(T) == 4 && job.stream && reinterpret_cast<uintptr_t>(to) % (4 * kLanes) == 0)
+            if (sizeof(T) == 4 && job.stream)
               PYWINO_UNROLL for (int c = 0; c < kLanes; ++c)
                   stream(reinterpret_cast<float*>(to + c * plane), r[c]);
             else
@@ -308,8 +356,8 @@ void output_planes(const Job<T>& job, const Piece& piece, int64_t channel, int v
           } else {
             PYWINO_ROLLED for (int c = 0; c < lanes; ++c) {
               vec value = r[c];
-              if (residual) value += load_part(residual + c * plane + row + j, 0, width);
-              store_part(out + c * plane + row + j, relu_out ? relu(value) : value, 0, width);
+              if (skip) value += load_part(skip + c * plane, 0, width);
+              store_part(to + c * plane, relu_out ? relu(value) : value, 0, width);
             }
           }
         }
