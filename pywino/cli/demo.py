@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 import pywino
 from pywino import _native, models, planner
+from pywino.ops import _layout
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _GREY, _BLUE = "#9aa5b1", "#2a6f97"
@@ -253,7 +254,7 @@ def _calls(model: nn.Module, x: Tensor) -> dict[str, tuple[nn.Module, Tensor, in
 def _algorithm(layer: nn.Module, x: Tensor) -> str:
     call = planner.describe(
         "winograd_conv2d",
-        x,
+        _layout.following(x, layer.weight),
         layer.weight,
         layer.padding,
         layer.dilation,

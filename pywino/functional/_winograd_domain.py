@@ -13,6 +13,7 @@ from pywino.functional._checks import (
     check_relu_geometry,
     check_tensors,
 )
+from pywino.ops import _layout
 from pywino.ops import _winograd_domain as ops
 from pywino.ops._kernels import kernel_in_domain
 from pywino.reference import winograd as reference
@@ -57,7 +58,6 @@ def run_winograd_domain_conv2d(
     ):
         fused = None  # the kernels do not broadcast or promote
     relu = None if fused is not residual else activation
-    arguments = (input, weight, bias, fused, padding, dilation)
     plain = (
         type(input) is Tensor
         and type(weight) in _PLAIN
@@ -68,6 +68,9 @@ def run_winograd_domain_conv2d(
     )
     tensors = (input, weight, bias, residual)
     gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if plain:
+        input = _layout.following(input, weight)
+    arguments = (input, weight, bias, fused, padding, dilation)
     if torch.compiler.is_dynamo_compiling():
         output = torch.ops.pywino.winograd_domain_conv2d(*arguments, relu, tile, backend)
     elif not plain:

@@ -32,8 +32,8 @@ def dilated_conv2d(
         backend, algorithm, precision: as in `pywino.conv2d`.
 
     Returns:
-        (N, K, H_out, W_out) in input's dtype; channels_last iff the input is where a kernel covers
-        the call. The same plan gives the same bits. Differentiable twice.
+        (N, K, H_out, W_out) in input's dtype; channels_last iff input or weight is where a kernel
+        covers the call. The same plan gives the same bits. Differentiable twice.
 
     Raises:
         RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend or algorithm

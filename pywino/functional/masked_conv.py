@@ -3,6 +3,7 @@
 
 import torch
 from torch import get_autocast_dtype
+from torch._C._functorch import is_batchedtensor
 from torch.overrides import is_tensor_like
 
 from pywino.functional._checks import (
@@ -13,6 +14,7 @@ from pywino.functional._checks import (
     check_tensors,
 )
 from pywino.functional._eager import is_plain, wants_gradients
+from pywino.ops import _layout
 from pywino.ops import masked_conv as ops
 from pywino.reference import masked_conv as reference
 
@@ -36,8 +38,8 @@ def masked_conv2d(input, mask, weight, bias=None, padding="same", dilation=1, *,
             dense convolution; else it is the dense one.
 
     Returns:
-        (N, K, H, W) or (K, H, W) in input's dtype, channels_last iff the input is. NaN outside the
-        mask does not spread. Differentiable twice, but for the mask.
+        (N, K, H, W) or (K, H, W) in input's dtype, channels_last iff input or weight is. NaN
+        outside the mask does not spread. Differentiable twice, but for the mask.
 
     Raises:
         RuntimeError, TypeError: whatever F.conv2d refuses, a mask of another shape or dtype, and an
@@ -74,9 +76,12 @@ def run_masked_conv2d(input, mask, weight, bias, padding, dilation, backend, cac
         return output.squeeze(0)
     where = (same, dilation)
     if torch.compiler.is_dynamo_compiling():
+        if not (is_batchedtensor(input) or is_batchedtensor(weight)):
+            input = _layout.following(input, weight)
         return torch.ops.pywino.masked_conv2d(input, mask, weight, bias, *where, backend)
     if not is_plain(input, mask, weight, bias):
         return reference.masked_conv2d(input, mask, weight, bias, *where)
+    input = _layout.following(input, weight)
     if wants_gradients(input, weight, bias) or cache is None:
         return torch.ops.pywino.masked_conv2d.default(input, mask, weight, bias, *where, backend)
     if autocasts(input):

@@ -3,7 +3,7 @@
 
 import torch
 from torch import Tensor, get_autocast_dtype
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -14,6 +14,7 @@ from pywino.functional._checks import (
     check_geometry,
     check_tensors,
 )
+from pywino.ops import _layout
 from pywino.ops import sparse_conv as ops
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -49,8 +50,9 @@ def sparse_conv2d(
             blocks of 16 output channels and one input channel that are zero cost nothing.
 
     Returns:
-        (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff the input is.
-        What a zero would multiply is not read, so NaN there does not spread. Differentiable twice.
+        (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype, channels_last iff input or
+        weight is. What a zero would multiply is not read, so NaN there does not spread.
+        Differentiable twice.
 
     Raises:
         RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend that cannot run.
@@ -85,6 +87,8 @@ def run_sparse_conv2d(
         return output.squeeze(0)
     where = (stride, pads, dilation)
     if torch.compiler.is_dynamo_compiling():
+        if not (is_batchedtensor(input) or is_batchedtensor(weight)):
+            input = _layout.following(input, weight)
         return torch.ops.pywino.sparse_conv2d(input, weight, bias, *where, backend, kept)
     plain = (
         type(input) is Tensor
@@ -95,6 +99,7 @@ def run_sparse_conv2d(
     )
     if not plain:
         return F.conv2d(input, weight, bias, *where)
+    input = _layout.following(input, weight)
     trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, weight, bias)
     )

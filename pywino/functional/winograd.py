@@ -18,6 +18,7 @@ from pywino.functional._checks import (
     check_tensors,
     check_types,
 )
+from pywino.ops import _layout
 from pywino.ops import winograd as ops
 from pywino.ops._kernels import kernel_in_domain, kernel_of
 from pywino.reference import winograd as reference
@@ -62,7 +63,7 @@ def conv2d(
 
     Returns:
         (N, K, H_out, W_out) or (K, H_out, W_out) in input's dtype. Where a kernel covers the call,
-        it is channels_last iff the input is. Differentiable twice.
+        it is channels_last iff input or weight is. Differentiable twice.
 
     Raises:
         RuntimeError, TypeError: whatever F.conv2d refuses, and an explicit backend or algorithm
@@ -239,6 +240,14 @@ def _find_route(input, weight, bias, residual, arguments, cache, strict, gradien
         precision=precision,
         cached=cache is not None and not gradients,
     )._replace(dtype=dtype)
+    if backends.covers(call) and not call.channels_last and _layout.asks_for_channels_last(weight):
+        if backends.is_channels_last(_layout.following(input, weight)):
+            return lambda input, weight, bias, residual, cache: run_conv2d(
+                _layout.following(input, weight), weight, bias, residual, *arguments, cache, strict
+            )
+        # One channel or pixel: its output is channels_last all the same, by PyTorch's kernels.
+        if backend == algorithm == "auto":
+            return _pytorch_route(arguments, None)
     if not strict and not backends.covers(call, algorithm):
         algorithm = "auto"
     plan = planner.choose(call, algorithm, backend)
@@ -340,6 +349,13 @@ def _traced(input, weight, bias, residual, arguments, cache, strict):
     batched = is_batchedtensor(input) or is_batchedtensor(weight)  # PyTorch knows how to vmap
     if not covered or batched or backend == "aten":
         return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
+    input = _layout.following(input, weight)
+    if (
+        backend == algorithm == "auto"
+        and not backends.is_channels_last(input)
+        and _layout.asks_for_channels_last(weight)
+    ):
+        return _pytorch_route(arguments, None)(input, weight, bias, residual, None)
     choice = (activation, algorithm, backend, precision)
     if (
         cache is not None
@@ -406,8 +422,8 @@ def winograd_relu_conv2d(
 
     Returns:
         (N, K, H + 2 padding - 2 dilation, W + 2 padding - 2 dilation), the size of the 3 x 3
-        convolution: tiles that stick out are cropped. channels_last iff the input is.
-            Differentiable once.
+        convolution: tiles that stick out are cropped. channels_last iff input or weight
+        is. Differentiable once.
 
     Raises:
         RuntimeError, TypeError: arguments that do not fit, and an explicit backend that cannot run.
@@ -427,9 +443,11 @@ def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backe
         )
         return output.squeeze(0)
 
-    arguments = (input, weight, bias, padding, dilation, tile, backend)
     gradients = _gradients(input, weight, bias)
     if torch.compiler.is_dynamo_compiling():
+        if not (is_batchedtensor(input) or is_batchedtensor(weight)):
+            input = _layout.following(input, weight)
+        arguments = (input, weight, bias, padding, dilation, tile, backend)
         if cache is not None and cache.token is not None and not gradients:
             return _ops._winograd_relu_conv2d_frozen(*arguments, cache.token)
         return _ops.winograd_relu_conv2d(*arguments)
@@ -441,6 +459,7 @@ def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backe
         or forward_ad._current_level >= 0
     ):
         return reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
+    input = _layout.following(input, weight)
     if cache is not None and not gradients:
         call = planner.describe(op, input, weight, padding, dilation)
         if autocasts(input):
@@ -452,4 +471,4 @@ def run_winograd_relu_conv2d(input, weight, bias, padding, dilation, tile, backe
             return kernel.forward(
                 input, filter, bias, None, weight.shape[0], padding, dilation, False
             )
-    return _ops.winograd_relu_conv2d.default(*arguments)
+    return _ops.winograd_relu_conv2d.default(input, weight, bias, padding, dilation, tile, backend)

@@ -26,6 +26,7 @@ from pywino.nn.conv_lstm import ConvLSTMCell
 from pywino.nn.dilated_conv import DilatedConv2d
 from pywino.nn.sparse_conv import SparseConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
+from pywino.ops import _layout
 from pywino.ops.winograd import winograd_transform_filter
 from pywino.swap.report import Layer
 
@@ -247,6 +248,7 @@ def _measure_winograd(
     input = args[0] if args else kwargs["input"]
     if input.dim() == 3:
         input = input.unsqueeze(0)
+    input = _layout.following(input, conv.weight)
     wanted = conv if config is None else config
     call = planner.describe(
         "winograd_conv2d",

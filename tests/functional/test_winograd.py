@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """pywino.conv2d takes what F.conv2d takes and refuses what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,19 +88,49 @@ def test_activation(algorithm):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("plan", ["aten", "f4"])
-def test_output_layout_follows_the_input_alone(plan):
+def test_output_layout_is_that_of_pytorch(plan, compiled):
+    """channels_last where input or weight is, whatever runs; also of one channel or pixel, which
+    are in both formats."""
+    last = torch.channels_last
     force = planner.force("aten") if plan == "aten" else planner.force("cpu", plan)
+    conv = pywino.conv2d
+    if compiled:
+        conv = torch.compile(conv, backend="aot_eager", fullgraph=True)
+    shapes = [(2, 8, 9, 7), (2, 1, 9, 7), (2, 8, 1, 1)]
     with force:
-        for channels_last in (False, True):
-            for weight in (W, W.to(memory_format=torch.channels_last)):
-                for context in (torch.no_grad, torch.enable_grad):
-                    format = torch.channels_last if channels_last else torch.contiguous_format
-                    input = X.contiguous(memory_format=format)
-                    with context():
-                        leaf = weight.detach().requires_grad_()
-                        output = pywino.conv2d(input, leaf, B, padding=1)
-                    assert backends.is_channels_last(output) == channels_last
+        for shape, of_input, of_weight in itertools.product(shapes, (False, True), (False, True)):
+            input, weight = torch.randn(shape), torch.randn(16, shape[1], 3, 3)
+            input = input.to(memory_format=last) if of_input and min(shape[1:]) > 1 else input
+            weight = weight.to(memory_format=last) if of_weight else weight
+            torch.compiler.reset()  # so many signatures are more than a function may have
+            for context in (torch.no_grad, torch.enable_grad):
+                with context():
+                    leaf = weight.detach().requires_grad_()
+                    output, peer = (f(input, leaf, padding=1) for f in (conv, F.conv2d))
+                torch.testing.assert_close(output, peer, rtol=1e-4, atol=1e-4)
+                if of_weight or min(shape[1:]) > 1:
+                    assert backends.is_channels_last(output) == backends.is_channels_last(peer)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    "layer", [pywino.WinogradReLUConv2d, pywino.SparseConv2d, pywino.DilatedConv2d]
+)
+def test_layers_in_channels_last_give_channels_last(layer):
+    module = layer(8, 16, 3, padding=1)
+    weight = module.weight.detach().clone()
+    input = torch.randn(2, 8, 9, 7)
+    expected = module(input)
+    module.to(memory_format=torch.channels_last)
+    assert torch.equal(module.weight, weight)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            output = module(input)
+        assert backends.is_channels_last(output)
+        assert not backends.is_channels_last(expected)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.native
