@@ -19,6 +19,7 @@ DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 # Relative L2 errors: the rounding of the output and, in TF32, of the operands.
 BOUND = {"f16": 3e-4, "bf16": 2.5e-3, "f32": 3e-7, "tf32": 4e-4}
 LISTED = 1024  # pixels that a block of the compaction looks at
+MANY = LISTED * (LISTED + 1) + 7  # pixels of more blocks than their sum takes at once
 MASKS = ("empty", "full", "one", "random", "streaks", "different")
 
 
@@ -35,6 +36,7 @@ class Case:
     last: bool = True
     dtype: str = "f16"  # or tf32: fp32 without `strict`
     bias: bool = True
+    infinite: bool = False  # the filter of output channel 0
 
 
 CASES = [
@@ -46,6 +48,9 @@ CASES = [
     Case(n=1, c=8, h=17, w=25, k=8, mask="full", dtype="f32"),  # more blocks than run at once
     Case(kernel=(5, 2), dilation=(1, 3), c=8, k=5, dtype="f32", bias=False),
     Case(kernel=(1, 1), c=8, h=1, w=1, n=5, k=3),
+    Case(kernel=(1, 1), c=8, h=1, w=1, n=1, k=1, mask="full"),
+    Case(n=1, c=19, k=8, mask="full", dtype="bf16"),  # the last pixel has no channels behind it
+    Case(n=1, mask="full", infinite=True),
 ]
 
 
@@ -99,7 +104,10 @@ def check_forward(kernel, case, **how):
     random = np.random.default_rng(case.c)
     x = encode(random.standard_normal((case.n, case.h, case.w, case.c)), case.dtype)
     size = (case.k, *case.kernel, case.c)
-    filter = encode(random.standard_normal(size) / (9 * case.c) ** 0.5, case.dtype)
+    filter = random.standard_normal(size) / (9 * case.c) ** 0.5
+    if case.infinite:
+        filter[0] = np.inf
+    filter = encode(filter, case.dtype)
     bias = random.standard_normal(case.k).astype(np.float32)
     mask = mask_of(case.mask, case.n, case.h, case.w)
     chunk = 16 // x.itemsize
@@ -135,6 +143,8 @@ def check_forward(kernel, case, **how):
     )
     exact = exact.permute(0, 2, 3, 1).numpy()
     assert not y[~mask].any()
+    # What is copied in the place of what is not there is zero: no other channel becomes NaN.
+    y, exact = (of[..., case.infinite :] for of in (y, exact))
     assert np.linalg.norm(y - exact) <= BOUND[case.dtype] * np.linalg.norm(exact)
 
 
@@ -147,7 +157,7 @@ def test_list(emulate, run, pixels, density):
 
 def test_list_of_many_blocks(emulate):
     """The sum over counts goes round."""
-    check_list(emulate(SOURCE, "fast"), 1024 * 1025 + 7, 0.3)
+    check_list(emulate(SOURCE, "fast"), MANY, 0.3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -161,12 +171,31 @@ MUTATE = [
         CSRC / "core" / "masked_conv" / "cuda.cu",
         [
             functools.partial(check_list, pixels=2500, density=0.3),
+            functools.partial(check_list, pixels=MANY, density=0.3),
             *(functools.partial(check_forward, case=case) for case in CASES),
         ],
         harmless={
-            "/* __syncthreads(); */;  // before of_warp is written again": (
-                "one round of 1024 blocks; test_list_of_many_blocks has two"
+            "for (int64_t first = 0; first <= blocks; first += kListed) {": "a round of no counts",
+            "for (int distance = 1; distance <= 32; distance *= 2) {": "no lane is 32",
+            "if (block <= blocks) p.starts[block] = before + sum - count;": (
+                "the number that is written there below"
             ),
+            **dict.fromkeys(
+                (
+                    "for (int64_t block = blockIdx.x; block <= blocks; block += gridDim.x) {",
+                    "const int64_t blocks = (int64_t(pixels) + G::BM + 1) / G::BM * blocks_n;",
+                    "(p.list.pixels + G::BM + 1) / G::BM * "
+                    "((p.geometry.out_channels + G::BN - 1) / G::BN);",
+                    "(p.list.pixels + G::BM - 1) / G::BM * "
+                    "((p.geometry.out_channels + G::BN + 1) / G::BN);",
+                    "const int blocks_n = int((g.out_channels + G::BN + 1) / G::BN);",
+                ),
+                "the blocks more have no pixels, or no channels",
+            ),
+            "const int steps = (pitch + G::BK + 1) / G::BK;": "one more stage of zeros",
+            "const int steps = (pitch + G::BK - 2) / G::BK;": "C' is a multiple of 16 bytes",
+            "return p.geometry.out_channels < 64 ? launch<Gemm<Mma, 128, 64, 4, 2>>(p, count, "
+            "stream)": "a block of another size",
         },
     )
 ]
