@@ -100,9 +100,9 @@ struct Lines {
 
   Lines(int64_t first, int64_t d, int64_t size, int64_t pitch) {
     for (int i = 0; i < P; ++i) {
-      const int64_t line = first + i * d, nearest = max<int64_t>(0, min(line, size - 1));
-      at[i] = nearest * pitch;
-      inside[i] = nearest == line ? ~0u : 0u;
+      const int64_t line = first + i * d;
+      at[i] = max<int64_t>(0, min(line, size - 1)) * pitch;
+      inside[i] = line >= 0 && line < size ? ~0u : 0u;
     }
   }
 };
