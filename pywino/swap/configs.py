@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from pywino import planner
+from pywino import backends, planner
 from pywino.backends import Call
 from pywino.nn.channel_attention import ChannelAttention, ChannelResidualAttention, GatePaths
 from pywino.nn.conv_lstm import ConvLSTMCell
@@ -250,6 +250,10 @@ def _measure_winograd(
         input = input.unsqueeze(0)
     input = _layout.following(input, conv.weight)
     wanted = conv if config is None else config
+    asks = _layout.asks_for_channels_last(conv.weight)
+    if wanted.algorithm == "auto" and asks and not backends.is_channels_last(input):
+        row.reason = "one channel or one pixel, and a weight in channels_last: PyTorch's kernel"
+        return
     call = planner.describe(
         "winograd_conv2d",
         input,
