@@ -21,7 +21,8 @@ SUMS = 2e-6  # of the largest number: fp32 sums of some thousand numbers
 
 
 class Case(NamedTuple):
-    """Channels and pixels that fill no block; 16 bytes at a time, and one number at a time."""
+    """Channels and pixels that fill no block, or whole ones; 16 bytes at a time, and one number at
+    a time."""
 
     n: int = 2
     c: int = 24
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     bias: bool = False
     residual: bool = False
     relu: bool = False
+    dark: bool = False  # channel 0 is zero, and the first hidden number sees it alone
 
 
 CASES = [
@@ -43,6 +45,10 @@ CASES = [
     Case(n=1, c=3, pixels=1288 * 9, hidden=1, channels_last=False, residual=True, relu=True),
     Case(n=2, c=19, pixels=1301, hidden=4, channels_last=False, dtype="f32", w3=False, relu=True),
     Case(n=1, c=1032, pixels=33, hidden=3, dtype="bf16", w3=False, residual=True),
+    # Whole blocks; one channel more; one number more than pieces of 16 bytes.
+    Case(n=2, c=64, pixels=128, hidden=4, relu=True),
+    Case(n=2, c=65, pixels=9, hidden=3, dtype="f32", dark=True),
+    Case(n=1, c=5, pixels=45, hidden=2),
 ]
 
 
@@ -69,6 +75,9 @@ class Tensors:
         self.input = encode(0.2 + random.standard_normal((case.n, case.c, case.pixels)), case.dtype)
         self.grad, self.residual = (normal(*self.input.shape) for _ in range(2))
         self.w1 = encode(decode(normal(case.hidden, case.c)) * case.pixels**0.5 / 4, case.dtype)
+        self.input[:, :, ::9] = 0  # where a ReLU behind the gate has no gradient
+        if case.dark:  # the same of a number of the hidden layer
+            self.input[:, 0], self.w1[0, 1:] = 0, 0
         self.w2 = normal(case.c, case.hidden)
         self.w3 = encode(decode(normal(case.c, case.c)) / case.c**0.5, case.dtype)
         self.b1, self.b2 = normal(case.hidden), normal(case.c)
@@ -258,5 +267,30 @@ MUTATE = [
             for check in (check_forward, check_known_mean, check_backward)
             for case in CASES
         ],
+        harmless={
+            "while (lanes < kThreads && lanes <= along) lanes *= 2;": "lanes without a unit",
+            "__device__ inline float relu(float x) { return x <= 0.f ? 0.f : x; }  // NaN stays": (
+                "of 0"
+            ),
+            "const int64_t end = first + kChannels <= shape.c ? first + kChannels : shape.c;": (
+                "the same"
+            ),
+            "return s.c >= kWholeThreads ? s.c : kWholeThreads;": "the same",
+            "const int groups = (channels + 31) / 32, "
+            "count = warps() >= groups ? warps() / groups : 1;": "the same",
+            "const int groups = (channels + 32) / 32, "
+            "count = warps() > groups ? warps() / groups : 1;": "a group without channels",
+            "const int64_t steps = (grid.p + grid.lanes_p + 1) / grid.lanes_p;": (
+                "a step without pixels"
+            ),
+            "return (s.c * s.pixels + kWide + 1) / kWide * kWide;": "more memory",
+            "s.dtype == DType::f32 ? kept_numbers<float>(s) * 8 : kept_numbers<__half>(s) * 2;": (
+                "more memory"
+            ),
+            "for (const void* t : tensors) wide &= reinterpret_cast<uintptr_t>(t) % 32 == 0;": (
+                "more tensors go one number at a time, to the same results"
+            ),
+        },
+        choices=("whole_threads", "parts_of", "has_whole"),
     )
 ]
