@@ -788,6 +788,42 @@ def test_relu_forward_and_backward(isa, tile, channels_last, dtype):
         assert backends.is_channels_last(ours[1]) == backends.is_channels_last(leaves[0])
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "n, c, size, k, tile, padding, dilation",
+    [
+        (1, 18, (70, 61), 20, 2, (1, 1), (1, 1)),  # bands of rows of tiles, the even ones first
+        (3, 40, (64, 50), 8, 4, (2, 3), (2, 3)),
+        (1, 9, (100, 90), 17, 6, (0, 4), (1, 4)),
+        (41, 20, (6, 7), 24, 4, (1, 1), (1, 1)),  # several images at a time, and one that is left
+        (2, 70, (9, 8), 520, 6, (1, 1), (1, 1)),  # a filter that is fetched while it is used
+    ],
+)
+def test_relu_backward_input_by_any_number_of_threads(
+    isa, n, c, size, k, tile, padding, dilation, channels_last
+):
+    """Threads share images, bands of them, or channels: the sums that patches overlap in have the
+    same order for any number of threads."""
+    out = [s + 2 * p - 2 * d for s, p, d in zip(size, padding, dilation)]
+    input, grad, weight = tensors(
+        (n, c, *size), (n, k, *out), (k, c, tile + 2, tile + 2), channels_last=channels_last
+    )
+    arguments = (grad, input, weight, padding, dilation, tile)
+    exact = reference.winograd_relu_backward_input(*double(*arguments[:3]), *arguments[3:])
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.winograd_relu_conv2d_backward_input(*arguments, "auto"))
+    finally:
+        torch.set_num_threads(threads)
+    # As above: a number near 0 may fall on the other side of the ReLU.
+    assert relative_l2(results[0], exact) < 20 * {2: 1e-6, 4: 5e-6, 6: 2e-5}[tile]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
 def test_relu_gradcheck():
     for tile, backend in ((2, "auto"), (4, "aten")):
         leaves = [

@@ -10,6 +10,7 @@
 #include "../common/simd.h"
 #include "overlap.h"
 #include "patches.h"
+#include "prefetch.h"
 #include "tiles.h"
 #include "transforms.h"
 #include "winograd.h"
@@ -22,27 +23,58 @@ PYWINO_INLINE int64_t part_begin(int64_t n, int64_t parts, int64_t i) {
   return n / parts * i + min(i, n % parts);
 }
 
+// What tiles touch: rows of dY, of the input, and of dX where it is the sum (else it has no channels).
+template <int M, typename T>
+struct TouchedRows {
+  static constexpr int A = Transform<M>::A, kRows = M + 2 * A;
+  const Grid* grid;
+  Source<T> grad, input;
+  Source<float> sums;
+
+  PYWINO_INLINE Piece piece(int64_t q, int64_t most) const {
+    return grad.channels_last ? grid->piece(q, most) : grid->strip_piece(q, most);
+  }
+  Region operator()(const Piece& piece, int i) const {
+    if (i < M)
+      return Region::of(grad, piece.image, piece.y + i * grad.dil_h, piece.x, span(piece, M));
+    const int64_t y = piece.y - input.pad_h + (i - M) / 2 * input.dil_h, x = piece.x - input.pad_w;
+    return (i - M) % 2 ? Region::of(sums, piece.image, y, x, span(piece, A))
+                       : Region::of(input, piece.image, y, x, span(piece, A));
+  }
+};
+
 // --- weight gradient ------------------------------------------------------------------------------------------------------
 // sum[r][n] += sum over tiles V[tile][r] D[tile][n]
 template <int MR, int NR>
 void accumulate(int tiles, const float* __restrict v, int64_t ldv, const float* __restrict d,
-                int64_t ldd, bool first, float* __restrict sum) {
+                int64_t ldd, bool first, float* __restrict sum, const Ahead& ahead) {
   vec s[MR][NR];
   PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n) s[r][n] =
       first ? zero() : load(sum + (r * NR + n) * kLanes);
-  for (int t = 0; t < tiles; ++t, v += ldv, d += ldd) {
-    vec dn[NR];
-    PYWINO_UNROLL for (int n = 0; n < NR; ++n) dn[n] = load(d + n * kLanes);
-    PYWINO_UNROLL for (int r = 0; r < MR; ++r) {
-      const float x = v[r];
-      PYWINO_UNROLL for (int n = 0; n < NR; ++n) s[r][n] += x * dn[n];
+  const auto add = [&](int count) __attribute__((always_inline)) {
+    for (int t = 0; t < count; ++t, v += ldv, d += ldd) {
+      vec dn[NR];
+      PYWINO_UNROLL for (int n = 0; n < NR; ++n) dn[n] = load(d + n * kLanes);
+      PYWINO_UNROLL for (int r = 0; r < MR; ++r) {
+        const float x = v[r];
+        PYWINO_UNROLL for (int n = 0; n < NR; ++n) s[r][n] += x * dn[n];
+      }
+    }
+  };
+  if constexpr (NR == 1) {
+    add(tiles);  // loads are the limit: nothing is fetched
+  } else {
+    for (int done = 0; done < tiles; done += 16) {
+      for (int quarter = 0; quarter < 4; ++quarter) fetch(ahead, done / 4 + quarter);
+      add(min(16, tiles - done));
     }
   }
   PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
       store(sum + (r * NR + n) * kLanes, s[r][n]);
 }
 
-using Accumulate = void (*)(int, const float*, int64_t, const float*, int64_t, bool, float*);
+using Accumulate = void (*)(int, const float*, int64_t, const float*, int64_t, bool, float*,
+                            const Ahead&);
 template <int NR, int... MR>
 struct Accumulates {
   static constexpr Accumulate table[] = {accumulate<MR, NR>...};
@@ -74,6 +106,7 @@ struct WeightGradient {
   int64_t slices;
   int64_t chunk;  // tiles
   int64_t ldv, ldd, stride_v, stride_d, sum_floats;
+  bool fetch;                // the next chunk's pixels
   float* partial = nullptr;  // slices > 1: their sums
   int64_t next = 0;
   bool failed = false;
@@ -98,6 +131,10 @@ struct WeightGradient {
     chunk = min(chunk, ceil_div(grid.tiles, slices));
     stride_v = padded_stride(chunk * ldv);
     stride_d = padded_stride(chunk * ldd);
+    const int64_t numbers = g.input.n * (input.channels * g.input.h * g.input.w +
+                                         grad.channels * g.out_h() * g.out_w());
+    // With few channels the products are bound by loads, and the pixels follow one another.
+    fetch = jobs == 1 && min(ldv, ldd) >= 64 && numbers * int64_t(sizeof(T)) > kPrefetchBytes;
   }
 
   // The sums of block (c, k) over the tiles of one slice, as [xi][group of c][panel of k][MR][panel's width].
@@ -121,6 +158,13 @@ struct WeightGradient {
           [&](int tile, int64_t b)
               __attribute__((always_inline)) { return tile * ldd + (b - k0) * kLanes; },
           false, d, stride_d);
+      Prefetch<TouchedRows<M, T>> ahead;
+      if (fetch && first + tiles < end)
+        ahead = {{&grid, grad, input, {}},
+                 first + tiles,
+                 min(first + tiles + chunk, end),
+                 A2 * groups.count * ceil_div<int64_t>(k1 - k0, 2),
+                 tiles};
       float* s = sum;
       for (int xi = 0; xi < A2; ++xi)
         for (int i = 0; i < groups.count; ++i)
@@ -128,7 +172,7 @@ struct WeightGradient {
             const int vectors = int(min<int64_t>(2, k1 - k)), rows = groups.size(i);
             (vectors == 2 ? kAccumulate2 : kAccumulate1)[rows - 1](
                 tiles, v + xi * stride_v + groups.start(i), ldv,
-                d + xi * stride_d + (k - k0) * kLanes, ldd, first == begin, s);
+                d + xi * stride_d + (k - k0) * kLanes, ldd, first == begin, s, ahead.next());
             s += rows * vectors * kLanes;
           }
     }
@@ -240,16 +284,26 @@ struct WeightGradient {
 };
 
 // --- input gradient of a weight in the Winograd domain ---------------------------------------------------------------------------
-// Neighbouring patches overlap in dX, so one thread does all tiles of an image, for its share of the input channels.
+// dX = sum over tiles B [ P . (V > 0) ] B^T, P[xi][tile][c] = sum_k D[xi][tile][k] U[xi][k][c], D = A dY A^T.
+//
+// Patches overlap in dX. One thread does the tiles of an image, row after row. Where there are few images they are cut into bands of
+// rows of tiles: one reaches into the next, but never further, so the even bands are done first, then the odd ones. Where that is
+// not enough (few tiles), threads share the input channels. What a sum's order depends on is the geometry alone.
 template <int M, typename T>
 struct DomainInputGradient {
   static constexpr int A = Transform<M>::A, A2 = A * A;
   const DomainInputGradientParams& params;
   const Geometry& g;
   Source<T> input, grad;
+  Source<float> sums;  // dX
   Grid grid;
-  int64_t panels, shares;  // panels of input channels, and how many threads share an image
+  int threads;
+  int64_t panels, bands, shares, images;  // of input channels, of an image, of a band, of a task
+  int rows;                               // most tiles of a register block
   int64_t chunk, stride_d, stride_p;
+  bool own_zeros;            // each task zeroes its images itself
+  bool fetch, fetch_filter;  // what the next tiles touch, or the filter, while one multiplies
+  int parity = 0;            // of the bands
   int64_t next = 0;
   bool failed = false;
 
@@ -258,46 +312,90 @@ struct DomainInputGradient {
         g(p.geometry),
         input(input_source<T>(g, p.input)),
         grad(gradient_source<T>(g, p.grad)),
+        sums(input_source<float>(g, p.input_gradient)),
         grid(g),
-        panels(ceil_div<int64_t>(g.input.c, kPanel)) {
-    shares = g.input.n >= threads ? 1 : min(panels, ceil_div<int64_t>(threads, g.input.n));
-    const int64_t tile_bytes = A2 * (grad.blocks() * kLanes + kPanel) * 4;
-    chunk = min(grid.tiles_per_image,
-                max<int64_t>(1, min<int64_t>(2 * kRows2, kScratchPerThread / tile_bytes)));
+        threads(threads),
+        panels(ceil_div<int64_t>(g.input.c, kPanel)),
+        rows(g.input.c > kLanes ? kRows2 : kRows1) {
+    const int64_t n = g.input.n, tiles = max<int64_t>(1, grid.tiles_per_image);
+    // Bands of two rows and two register blocks or more, an even number. A large filter each would read whole, a share but its part.
+    const bool large = A2 * g.out_channels * g.input.c * 4 > kLargeFilterBytes;
+    bands = min(kMostBands / n, min(grid.rows.total / 2, tiles / (2 * rows))) & ~int64_t(1);
+    if (bands < 2 || large) bands = 1;
+    shares = min(panels, max<int64_t>(1, threads / (n * max<int64_t>(1, bands / 2))));
+    const int64_t tile_bytes = A2 * (grad.blocks() * kLanes + kPanel) * 4,
+                  image_bytes = g.input.c * g.input.h * g.input.w * 4;
+    fetch_filter = large && g.out_channels >= 512;
+    const int64_t most = max<int64_t>(1, kScratchPerThread / tile_bytes),
+                  wanted = min<int64_t>((fetch_filter ? 4 : 2) * rows, most);
+    // Small images together, while there are enough for the threads.
+    images = max<int64_t>(1, min(ceil_div(wanted, tiles), n / (2 * threads)));
+    chunk = min(tiles < wanted ? images * tiles : wanted, most);
     stride_d = padded_stride(chunk * grad.blocks() * kLanes);
     stride_p = padded_stride(chunk * kPanel);
+    own_zeros = bands == 1 && shares == 1 && images * image_bytes <= kPrefetchBytes;
+    fetch = !fetch_filter && shares == 1 && n * image_bytes > kPrefetchBytes;
   }
 
-  void image(int64_t n, int64_t panel0, int64_t panel1, float* d, float* p) const {
-    for (int64_t first = 0; first < grid.tiles_per_image; first += chunk) {
-      const int tiles = int(min(chunk, grid.tiles_per_image - first));
-      const int64_t tile0 = n * grid.tiles_per_image + first;
-      const Groups groups(tiles, kRows2);
+  static constexpr int64_t kMostBands = 16, kLargeFilterBytes = int64_t(1) << 20;
+
+  // Tiles [begin, end), panels [panel0, panel1).
+  void band(int64_t begin, int64_t end, int64_t panel0, int64_t panel1, float* d, float* p) const {
+    const int64_t chunks = ceil_div(end - begin, chunk);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t first = begin + part_begin(end - begin, chunks, i),
+                    last = begin + part_begin(end - begin, chunks, i + 1);
+      const int tiles = int(last - first);
+      const Groups groups(tiles, rows);
       transform_tiles<GradientPatch<M>>(
-          grad, grid, tile0, 0, tiles, 0, grad.blocks(),
+          grad, grid, first, 0, tiles, 0, grad.blocks(),
           [&](int tile, int64_t b) __attribute__((always_inline)) {
             const int group = groups.of(tile), start = groups.start(group);
             return (start * grad.blocks() + b * groups.size(group) + tile - start) * kLanes;
           },
           false, d, stride_d);
-      for (int64_t panel = panel0; panel < panel1; ++panel) {
-        const int64_t channel = panel * kPanel;
-        const int vectors = g.input.c - channel > kLanes ? 2 : 1;
-        const Multiply* table = multiplies<float>(vectors);
-        const float* u = params.filter + channel * g.out_channels * A2;
-        for (int xi = 0; xi < A2; ++xi, u += g.out_channels * vectors * kLanes)
-          for (int i = 0; i < groups.count; ++i)
-            table[groups.size(i) - 1](
-                g.out_channels, d + xi * stride_d + groups.start(i) * grad.blocks() * kLanes, u,
-                p + xi * stride_p + groups.start(i) * vectors * kLanes, kNothing);
-        for (int t = 0; t < tiles;) {
-          const Piece piece = grid.strip_piece(tile0 + t, tiles - t);
-          for (int v = 0; v < vectors; ++v)
-            add_patches<M>(params, input, piece, channel + v * kLanes,
-                           p + (t * vectors + v) * kLanes, stride_p, vectors * kLanes);
-          t += piece.count;
-        }
+      Prefetch<TouchedRows<M, T>> ahead;
+      // This thread's next chunk is in this band, or most likely in that which follows those of the other threads.
+      const int64_t skip =
+          i + 1 < chunks ? 0 : (end - begin) * (threads * min<int64_t>(2, bands) - 1);
+      if (fetch && last + skip < grid.tiles)
+        ahead = {{&grid, grad, params.winograd_relu ? input : Source<T>{}, sums},
+                 last + skip,
+                 min(last + skip + chunk, grid.tiles),
+                 A2 * groups.count * (panel1 - panel0),
+                 g.out_channels};
+      for (int64_t panel = panel0; panel < panel1; ++panel)
+        products(first, groups, panel, d, p, ahead);
+    }
+  }
+
+  void products(int64_t first, const Groups& groups, int64_t panel, const float* d, float* p,
+                Prefetch<TouchedRows<M, T>>& ahead) const {
+    const int64_t channel = panel * kPanel, depth = g.out_channels;
+    const int vectors = g.input.c - channel > kLanes ? 2 : 1,
+              tiles = groups.start(groups.count - 1) + groups.size(groups.count - 1);
+    const Multiply* table = multiplies<float>(vectors);
+    const float* u = params.filter + channel * depth * A2;
+    for (int xi = 0; xi < A2; ++xi) {
+      const float* next = u + depth * vectors * kLanes;
+      Ahead next_filter = {reinterpret_cast<const char*>(next), 64, 1,
+                           ceil_div(4 * vectors * kLanes * 4 / 64, groups.count)};
+      for (int i = 0; i < groups.count; ++i) {
+        table[groups.size(i) - 1](depth,
+                                  d + xi * stride_d + groups.start(i) * grad.blocks() * kLanes, u,
+                                  p + xi * stride_p + groups.start(i) * vectors * kLanes,
+                                  fetch_filter ? next_filter : ahead.next());
+        next_filter.next += depth / 4 * next_filter.rate * next_filter.pitch;
       }
+      u = next;
+    }
+    for (int t = 0; t < tiles;) {
+      const Piece piece = g.channels_last ? grid.piece(first + t, tiles - t)
+                                          : grid.strip_piece(first + t, tiles - t);
+      for (int v = 0; v < vectors; ++v)
+        add_patches<M>(params, input, piece, channel + v * kLanes, p + (t * vectors + v) * kLanes,
+                       stride_p, vectors * kLanes);
+      t += piece.count;
     }
   }
 
@@ -309,18 +407,38 @@ struct DomainInputGradient {
       run.failed = true;
       return;
     }
-    const int64_t tasks = run.g.input.n * run.shares;
+    const Geometry& g = run.g;
+    const int64_t columns = run.grid.columns.total, rows = run.grid.rows.total,
+                  image = g.input.c * g.input.h * g.input.w,
+                  in_turn = (run.bands + 1 - run.parity) / 2,
+                  tasks = ceil_div(g.input.n, run.images) * in_turn * run.shares;
     for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
-      const int64_t share = task % run.shares;
-      run.image(task / run.shares, part_begin(run.panels, run.shares, share),
-                part_begin(run.panels, run.shares, share + 1), d, d + A2 * run.stride_d);
+      const int64_t share = task % run.shares, first = task / run.shares / in_turn * run.images,
+                    last = min(first + run.images, g.input.n),
+                    band = task / run.shares % in_turn * 2 + run.parity;
+      if (run.own_zeros)
+        __builtin_memset(run.params.input_gradient + first * image, 0, (last - first) * image * 4);
+      run.band((first * rows + part_begin(rows, run.bands, band)) * columns,
+               ((last - 1) * rows + part_begin(rows, run.bands, band + 1)) * columns,
+               part_begin(run.panels, run.shares, share),
+               part_begin(run.panels, run.shares, share + 1), d, d + A2 * run.stride_d);
     }
   }
 
+  static void zeros(void* arg) {
+    DomainInputGradient& run = *static_cast<DomainInputGradient*>(arg);
+    constexpr int64_t kSlice = int64_t(1) << 16;
+    const int64_t all = run.g.input.n * run.g.input.c * run.g.input.h * run.g.input.w;
+    for (int64_t at = take(&run.next) * kSlice; at < all; at = take(&run.next) * kSlice)
+      __builtin_memset(run.params.input_gradient + at, 0, min(kSlice, all - at) * sizeof(float));
+  }
+
   Status operator()(const Executor& executor) {
-    __builtin_memset(params.input_gradient, 0,
-                     g.input.n * g.input.c * g.input.h * g.input.w * sizeof(float));
-    executor.run(executor.threads, body, this);
+    if (!own_zeros) executor.run(executor.threads, zeros, this);
+    for (parity = 0; parity < min<int64_t>(2, bands) && !failed; ++parity) {
+      next = 0;
+      executor.run(executor.threads, body, this);
+    }
     return failed ? Status::out_of_memory : Status::ok;
   }
 };

@@ -282,7 +282,7 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
   OutputPrefetch<M, T> outputs;
   if (job.fetch_output)
     outputs =
-        OutputPrefetch<M, T>(job, {&job, channel, min(K - channel, (panel1 - panel0) * kPanel)},
+        OutputPrefetch<M, T>({&job, channel, min(K - channel, (panel1 - panel0) * kPanel)},
                              first + t0, first + t1, A2 / 2 * (panel1 - panel0) * (g1 - g0), depth);
   for (int xi = 0; xi < A2; ++xi)
     for (int64_t panel = panel0; panel < panel1; ++panel) {
@@ -423,7 +423,7 @@ struct Run {
       if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
         run.chunk_bounds(next, &next_begin, &next_end);
         const int64_t products = run.panels * A2 * Groups(int(end - begin), job.rows).count;
-        ahead = InputPrefetch<M, T>(job, {&job}, next_begin, next_end,
+        ahead = InputPrefetch<M, T>({&job}, next_begin, next_end,
                                     job.fetch_output ? products / 2 : products,
                                     Depth<E>::floats(job.geometry.input.c));
       }

@@ -352,8 +352,8 @@ struct SparseRun {
       if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
         int64_t next_begin, next_end;
         run.chunk_bounds(next, &next_begin, &next_end);
-        ahead = InputPrefetch<M, T>(job, {&job}, next_begin, next_end,
-                                    Format::calls(run.filter, tiles), Format::kDepth);
+        ahead = InputPrefetch<M, T>({&job}, next_begin, next_end, Format::calls(run.filter, tiles),
+                                    Format::kDepth);
       }
       Format::template input<M>(job, begin, tiles, 0, tiles, 0, job.blocks, v, stage);
       for (int64_t u = 0; u < run.filter.units; u += run.panel_size) {

@@ -5,6 +5,7 @@
 #include "../common/product.h"
 #include "../common/simd.h"
 #include "patches.h"
+#include "prefetch.h"
 #include "tiles.h"
 #include "transforms.h"
 #include "winograd.h"
@@ -12,8 +13,8 @@
 namespace pywino::winograd {
 namespace {
 
-// An output of more is written past the caches, an input of more is prefetched: a smaller one is in the second-level cache.
-constexpr int64_t kStreamBytes = int64_t(4) << 20, kPrefetchBytes = int64_t(1) << 20;
+// An output of more is written past the caches.
+constexpr int64_t kStreamBytes = int64_t(4) << 20;
 // The second-level cache: 1 to 2 MB beside AVX-512, else often 512 KB.
 constexpr bool kSmallCache = kLanes < 16;
 constexpr int64_t kCacheBytes = int64_t(kSmallCache ? 512 : 1280) << 10;
@@ -81,136 +82,43 @@ void input_stage(const Job<T>& job, int64_t first, int t0, int t1, const Groups&
   }
 }
 
-// --- prefetch -----------------------------------------------------------------------------------------------------------
-// The product computes and hardly reads memory; the other stages wait for memory and hardly compute. So while one chunk is
-// multiplied, what they will touch is fetched into the second-level cache, a few lines after each register block: the patches of
-// the next chunk, and in NCHW the rows that the output stage will write, where their lines cannot go past the caches.
-
-// A row of pixels by its cache lines, or of planes by its planes: slots of `lines` cache lines.
-struct Region {
-  const char* at;
-  int64_t slots, pitch;  // bytes from slot to slot
-  int lines;
-
-  // Of rows of `columns` pixels of T in `planes` planes.
-  template <typename T>
-  static Region of_planes(const T* at, int64_t columns, int64_t planes, int64_t plane) {
-    const int64_t before = int64_t(reinterpret_cast<uintptr_t>(at) % 64);
-    return {reinterpret_cast<const char*>(at) - before, planes, plane * int64_t(sizeof(T)),
-            int(ceil_div<int64_t>(before + columns * int64_t(sizeof(T)), 64))};
-  }
-};
-
+// --- what is fetched for the next chunk, and for the output -------------------------------------------------------------------
 // The rows of patches, of one source after the other.
 template <int M, typename T>
 struct InputRows {
   static constexpr int A = Transform<M>::A, kRows = 2 * A;
   const Job<T>* job;
 
-  // Row i of a piece; no slots where it lies outside the input.
+  PYWINO_INLINE Piece piece(int64_t q, int64_t most) const { return job->piece(q, most); }
   Region operator()(const Piece& piece, int i) const {
     const Geometry& g = job->geometry;
-    const Source<T>& source = job->sources[i / A];
-    const int64_t C = source.channels, y = piece.y - g.pad_h + i % A * g.dil_h;
-    if (!C || y < 0 || y >= g.input.h) return {};
-    const int64_t x0 = max<int64_t>(0, piece.x - g.pad_w),
-                  span = piece.offset(piece.count - 1) + (A - 1) * g.dil_w + 1,
-                  columns = max<int64_t>(0, min(span, g.input.w - x0));
-    if (!g.channels_last) {
-      const T* row = source.data + (piece.image * C * g.input.h + y) * g.input.w + x0;
-      return Region::of_planes(row, columns, C, g.input.h * g.input.w);
-    }
-    const T* row = source.data + ((piece.image * g.input.h + y) * g.input.w + x0) * C;
-    return {reinterpret_cast<const char*>(row), ceil_div<int64_t>(columns * C * sizeof(T), 64), 64,
-            1};
+    return Region::of(job->sources[i / A], piece.image, piece.y - g.pad_h + i % A * g.dil_h,
+                      piece.x - g.pad_w, span(piece, A));
   }
 };
 
-// The rows of outputs in `channels` planes.
+// In NCHW the rows that the output stage will write, where their lines cannot go past the caches: of `channels` planes.
 template <int M, typename T>
 struct OutputRows {
   static constexpr int kRows = M;
   const Job<T>* job;
   int64_t channel, channels;
 
+  PYWINO_INLINE Piece piece(int64_t q, int64_t most) const { return job->piece(q, most); }
   Region operator()(const Piece& piece, int i) const {
     const int64_t y = piece.y + i * job->geometry.dil_h, x = piece.x;
     if (y >= job->out_h) return {};
-    const int64_t K = job->geometry.out_channels,
-                  span = piece.offset(piece.count - 1) + (M - 1) * job->geometry.dil_w + 1,
-                  plane = job->out_h * job->out_w;
+    const int64_t K = job->geometry.out_channels, plane = job->out_h * job->out_w;
     const T* row = static_cast<const T*>(job->params.output) + (piece.image * K + channel) * plane +
                    y * job->out_w + x;
-    return Region::of_planes(row, min(span, job->out_w - x), channels, plane);
+    return Region::of_planes(row, min(span(piece, M), job->out_w - x), channels, plane);
   }
 };
 
-template <typename T, typename Rows>
-class Prefetch {
- public:
-  // Nothing to fetch.
-  Prefetch() = default;
-
-  // The rows of tiles [first, end), in `calls` calls of next().
-  Prefetch(const Job<T>& job, const Rows& rows, int64_t first, int64_t end, int64_t calls,
-           int64_t depth)
-      : job_(&job), rows_(rows), tile_(first), end_(end), quarters_(max<int64_t>(1, depth / 4)) {
-    int64_t slots = 0;
-    for (int64_t t = first; t < end;) {
-      const Piece piece = job.piece(t, end - t);
-      for (int i = 0; i < Rows::kRows; ++i) slots += rows(piece, i).slots;
-      t += piece.count;
-    }
-    ahead_.rate = int(ceil_div(slots, calls * quarters_));
-    advance();
-  }
-
-  // What to fetch during the next register block.
-  PYWINO_INLINE const Ahead& next() {
-    if (!job_) return ahead_;
-    ahead_.next += ahead_.pitch * quarters_ * ahead_.rate;
-    slots_ -= quarters_ * ahead_.rate;
-    if (slots_ <= 0) advance();
-    return ahead_;
-  }
-
- private:
-  // To the next row that there is.
-  void advance() {
-    for (;; ++i_) {
-      if (i_ == Rows::kRows) {
-        if (tile_ >= end_) break;
-        piece_ = job_->piece(tile_, end_ - tile_);
-        tile_ += piece_.count;
-        i_ = 0;
-      }
-      const Region region = rows_(piece_, i_);
-      if (region.slots == 0) continue;
-      ahead_.next = region.at;
-      ahead_.pitch = region.pitch;
-      ahead_.lines = region.lines;
-      slots_ = region.slots;
-      ++i_;
-      return;
-    }
-    job_ = nullptr;
-    ahead_.rate = 0;
-  }
-
-  const Job<T>* job_ = nullptr;
-  Rows rows_{};
-  int64_t tile_ = 0, end_ = 0;
-  int64_t quarters_ = 0,
-          slots_ = 0;    // fours of channels in a register block; slots left in the row
-  int i_ = Rows::kRows;  // the next row of the piece
-  Piece piece_{};
-  Ahead ahead_ = kNothing;
-};
-
 template <int M, typename T>
-using InputPrefetch = Prefetch<T, InputRows<M, T>>;
+using InputPrefetch = Prefetch<InputRows<M, T>>;
 template <int M, typename T>
-using OutputPrefetch = Prefetch<T, OutputRows<M, T>>;
+using OutputPrefetch = Prefetch<OutputRows<M, T>>;
 
 // --- output transform -----------------------------------------------------------------------------------------------------
 // Y = A^T m A of one tile and one vector of channels, row by row: store_row(i, y) gets M vectors.
