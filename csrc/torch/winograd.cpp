@@ -198,19 +198,21 @@ Tensor winograd_forward(const Tensor& input, const Tensor& filter,
 Tensor winograd_convolve(const Tensor& input, const Tensor& weight,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                          int64_t tile, torch::headeronly::IntHeaderOnlyArrayRef padding,
-                         torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu, bool rotate,
-                         bool fast) {
+                         torch::headeronly::IntHeaderOnlyArrayRef dilation, bool relu,
+                         bool winograd_relu, bool rotate, bool fast) {
   constexpr const char* op = "pywino::_winograd_convolve";
-  const winograd::FilterParams p = filter_params(weight, tile, rotate, true, fast, op);
+  const bool spatial = weight.dim() == 4 && weight.size(3) == 3;  // else of the Winograd domain
+  const winograd::FilterParams p = filter_params(weight, tile, rotate, spatial, fast, op);
   const int64_t out_channels = rotate ? p.in_channels : p.out_channels;
   const winograd::Geometry g = geometry_of(input, out_channels, tile, padding, dilation, op);
   STD_TORCH_CHECK(p.dtype == g.dtype && g.input.c == (rotate ? p.out_channels : p.in_channels), op,
                   ": weight must have input's dtype and channels");
   Extras extras;
   if (winograd::takes_weight(g, fast, torch_threads().threads)) extras.weight = &p;
-  const Tensor filter = extras.weight ? input : make_filter(weight, tile, rotate, true, fast, op);
-  return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu, false,
-                 fast, extras, op);
+  const Tensor filter =
+      extras.weight ? input : make_filter(weight, tile, rotate, spatial, fast, op);
+  return forward(input, filter, bias, residual, out_channels, tile, padding, dilation, relu,
+                 winograd_relu, fast, extras, op);
 }
 
 // The same of one image, and the means of the output's channels, which take no pass of their own. With a gate the input is
@@ -359,25 +361,28 @@ Tensor winograd_backward_weight(const Tensor& grad, const Tensor& input, int64_t
              : torch::stable::to(gradient, input.scalar_type());
 }
 
-Tensor winograd_domain_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
-                                      int64_t tile,
-                                      torch::headeronly::IntHeaderOnlyArrayRef padding,
-                                      torch::headeronly::IntHeaderOnlyArrayRef dilation,
-                                      bool winograd_relu) {
-  constexpr const char* op = "pywino::_winograd_domain_backward_input";
+// By a filter, or by a weight where there is none.
+Tensor domain_backward_input(const Tensor& grad, const Tensor& input, const Tensor* filter,
+                             const winograd::FilterParams* weight, int64_t tile,
+                             torch::headeronly::IntHeaderOnlyArrayRef padding,
+                             torch::headeronly::IntHeaderOnlyArrayRef dilation, bool winograd_relu,
+                             const char* op) {
   winograd::DomainInputGradientParams p;
   p.geometry = gradient_geometry(grad, input, tile, padding, dilation, op);
   const winograd::Geometry& g = p.geometry;
-  check_filter(filter, g.input.c, g.out_channels, g.tile, false, op);
   const Tensor dense = like_input(grad, g.channels_last);
   Tensor gradient =
       empty_cpu({g.input.n, g.input.c, g.input.h, g.input.w}, ScalarType::Float, g.channels_last);
   p.input = input.const_data_ptr();
   p.grad = dense.const_data_ptr();
-  if (filter.scalar_type() == ScalarType::Int)
-    p.sparse_filter = static_cast<const int32_t*>(filter.const_data_ptr());
-  else
-    p.filter = static_cast<const float*>(filter.const_data_ptr());
+  p.weight = weight;
+  if (filter) {
+    check_filter(*filter, g.input.c, g.out_channels, g.tile, false, op);
+    if (filter->scalar_type() == ScalarType::Int)
+      p.sparse_filter = static_cast<const int32_t*>(filter->const_data_ptr());
+    else
+      p.filter = static_cast<const float*>(filter->const_data_ptr());
+  }
   p.winograd_relu = winograd_relu;
   p.input_gradient = static_cast<float*>(gradient.mutable_data_ptr());
   if (gradient.numel() && g.out_channels)
@@ -387,6 +392,35 @@ Tensor winograd_domain_backward_input(const Tensor& grad, const Tensor& input, c
   return input.scalar_type() == ScalarType::Float
              ? gradient
              : torch::stable::to(gradient, input.scalar_type());
+}
+
+Tensor winograd_domain_backward_input(const Tensor& grad, const Tensor& input, const Tensor& filter,
+                                      int64_t tile,
+                                      torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                      torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                      bool winograd_relu) {
+  return domain_backward_input(grad, input, &filter, nullptr, tile, padding, dilation,
+                               winograd_relu, "pywino::_winograd_domain_backward_input");
+}
+
+// The same with a filter that is used once.
+Tensor winograd_domain_backward_input_once(const Tensor& grad, const Tensor& input,
+                                           const Tensor& weight, int64_t tile,
+                                           torch::headeronly::IntHeaderOnlyArrayRef padding,
+                                           torch::headeronly::IntHeaderOnlyArrayRef dilation,
+                                           bool winograd_relu) {
+  constexpr const char* op = "pywino::_winograd_domain_backward_input_once";
+  const winograd::FilterParams p = filter_params(weight, tile, true, false, false, op);
+  const winograd::Geometry g = gradient_geometry(grad, input, tile, padding, dilation, op);
+  STD_TORCH_CHECK(
+      p.dtype == g.dtype && p.out_channels == g.out_channels && p.in_channels == g.input.c, op,
+      ": weight must have input's dtype, and the channels of grad and input");
+  if (winograd::input_gradient_takes_weight(g, torch_threads().threads))
+    return domain_backward_input(grad, input, nullptr, &p, tile, padding, dilation, winograd_relu,
+                                 op);
+  const Tensor filter = make_filter(weight, tile, true, false, false, op);
+  return domain_backward_input(grad, input, &filter, nullptr, tile, padding, dilation,
+                               winograd_relu, op);
 }
 
 }  // namespace
@@ -403,4 +437,6 @@ STABLE_TORCH_LIBRARY_IMPL(pywino, CPU, m) {
   m.impl("_winograd_conv_lstm", TORCH_BOX(&pywino::winograd_conv_lstm));
   m.impl("_winograd_backward_weight", TORCH_BOX(&pywino::winograd_backward_weight));
   m.impl("_winograd_domain_backward_input", TORCH_BOX(&pywino::winograd_domain_backward_input));
+  m.impl("_winograd_domain_backward_input_once",
+         TORCH_BOX(&pywino::winograd_domain_backward_input_once));
 }

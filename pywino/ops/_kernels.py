@@ -9,7 +9,7 @@ import torch
 
 from pywino import backends, planner
 from pywino.ops import _winograd_cuda
-from pywino.ops._winograd_zeros import pack, pack_turned
+from pywino.ops._winograd_zeros import pack, pattern, pattern_turned
 
 _ops = torch.ops.pywino
 _chosen = planner.memo()
@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
     def filter(self, weight, rotate=False):
         """The packed filter of a weight; `rotate`: of the input gradient."""
         if self.backend == "cpu" and not self._spatial:
-            return pack_turned(weight, self.tile) if rotate else pack(weight, self.tile)
+            return pack(weight, self.tile, rotate)
         if self.skips:
             return _winograd_cuda.pack(weight, self.tile, self.mode)
         return self.whole_filter(weight, rotate)
@@ -80,15 +80,16 @@ class Kernel(NamedTuple):
         return _triton().forward(*arguments, relu, self.winograd_relu, self._domain)
 
     def convolve(self, input, weight, bias, residual, padding, dilation, relu, rotate=False):
-        """`forward` with a filter that is made for this call, of a spatial weight. `rotate`: the
-        input gradient, where `input` is the output's."""
-        if self.backend != "cpu":
+        """`forward` with a filter that is made for this call. `rotate`: the input gradient, where
+        `input` is the output's."""
+        if self.backend != "cpu" or not (self._spatial or pattern(weight) == "dense"):
             filter = self.filter(weight, rotate)
             k = weight.shape[1 if rotate else 0]
             return self.forward(input, filter, bias, residual, k, padding, dilation, relu)
         input, bias, residual = _as_read(input, bias, residual)
+        relus = (relu, self.winograd_relu)
         return _ops._winograd_convolve.default(
-            input, weight, bias, residual, self.tile, padding, dilation, relu, rotate, self.mode
+            input, weight, bias, residual, self.tile, padding, dilation, *relus, rotate, self.mode
         )
 
     def gives_mean(self, input):
@@ -170,8 +171,12 @@ class Kernel(NamedTuple):
     def domain_input_gradient(self, grad, input, weight, padding, dilation):
         """The gradient by the input, of a weight in the Winograd domain. Where V goes through no
         ReLU, no element of the input is read."""
-        filter = self.filter(weight, rotate=True)
         arguments = (self.tile, padding, dilation)
+        if self.backend == "cpu" and pattern_turned(weight) == "dense":
+            return _ops._winograd_domain_backward_input_once.default(
+                grad, input, weight, *arguments, self.winograd_relu
+            )
+        filter = self.filter(weight, rotate=True)
         if self.backend == "triton":
             return _triton().relu_input_gradient(grad, input, *filter, *arguments, self._domain)
         arguments = (grad, input, filter, *arguments, self.winograd_relu)

@@ -84,8 +84,7 @@ def _forward(input, weight, bias, residual, padding, dilation, activation, tile,
     op, k, relu = "winograd_domain_conv2d", weight.shape[0], activation == "relu"
     kernel = _kernel(op, input, input.shape, k, padding, dilation, tile, backend)
     if kernel:
-        filter = kernel.filter(weight)
-        return kernel.forward(input, filter, bias, residual, k, padding, dilation, relu)
+        return kernel.convolve(input, weight, bias, residual, padding, dilation, relu)
     output = reference.winograd_domain_conv2d(input, weight, bias, padding, dilation, tile)
     if residual is not None:
         output = output.add_(residual)

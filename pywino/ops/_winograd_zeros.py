@@ -47,18 +47,18 @@ def pattern(weight):
     return min(work, key=work.get)
 
 
-def pack(weight, tile):
-    """What `_winograd_forward` takes for W: a float tensor, or an int32 one without the zeros."""
-    how = pattern(weight)
-    if how == "dense":
-        return _ops._winograd_pack.default(weight, tile, False)
-    return _ops._winograd_sparse_pack.default(weight, tile, False, how == "blocks")
-
-
-def pack_turned(weight, tile):
-    """What `_winograd_domain_backward_input` takes for W: a float tensor, or an int32 one without
-    the zeros. Blocks of output channels are none of the turned weight, so zeros are skipped one by
-    one."""
+def pattern_turned(weight):
+    """The same for the input gradient: blocks of output channels are none of the turned weight, so
+    zeros are skipped one by one."""
     if not _is_full(weight) and _UNSTRUCTURED[0] * densities(weight)[0] + _UNSTRUCTURED[1] < _GAIN:
-        return _ops._winograd_sparse_pack.default(weight, tile, True, False)
-    return _ops._winograd_pack.default(weight, tile, True)
+        return "unstructured"
+    return "dense"
+
+
+def pack(weight, tile, rotate=False):
+    """What `_winograd_forward` takes for W, `rotate`: `_winograd_domain_backward_input`: a float
+    tensor, or an int32 one without the zeros."""
+    how = pattern_turned(weight) if rotate else pattern(weight)
+    if how == "dense":
+        return _ops._winograd_pack.default(weight, tile, rotate)
+    return _ops._winograd_sparse_pack.default(weight, tile, rotate, how == "blocks")

@@ -387,8 +387,7 @@ def _relu_forward(input, weight, bias, padding, dilation, tile, backend):
     k = weight.shape[0]
     kernel = _relu_kernel(op, input, *input.shape, k, padding, dilation, tile, backend)
     if kernel:
-        filter = kernel.filter(weight)
-        return kernel.forward(input, filter, bias, None, k, padding, dilation, False)
+        return kernel.convolve(input, weight, bias, None, padding, dilation, False)
     output = reference.winograd_relu_conv2d(input, weight, bias, padding, dilation, tile)
     return _layout.laid_as(output, input)
 
@@ -577,7 +576,7 @@ def _native_forward_mean_fake(
 
 
 def _native_convolve_fake(
-    input, weight, bias, residual, tile, padding, dilation, relu, rotate, fast
+    input, weight, bias, residual, tile, padding, dilation, relu, winograd_relu, rotate, fast
 ):
     k = weight.shape[1 if rotate else 0]
     return _layout.empty(output_size(input, k, padding, dilation), input)
@@ -616,7 +615,7 @@ define(
 )
 define(
     "_winograd_convolve(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
-    f"int tile, {_GEOMETRY}, bool relu, bool rotate, bool fast) -> Tensor",
+    f"int tile, {_GEOMETRY}, bool relu, bool winograd_relu, bool rotate, bool fast) -> Tensor",
     None,
     _native_convolve_fake,
 )
@@ -644,12 +643,13 @@ define(
     None,
     _native_backward_weight_fake,
 )
-define(
-    "_winograd_domain_backward_input(Tensor grad, Tensor input, Tensor filter, int tile, "
-    f"{_GEOMETRY}, bool winograd_relu) -> Tensor",
-    None,
-    _native_domain_backward_input_fake,
-)
+for _name, _filter in (("", "filter"), ("_once", "weight")):
+    define(
+        f"_winograd_domain_backward_input{_name}(Tensor grad, Tensor input, Tensor {_filter}, "
+        f"int tile, {_GEOMETRY}, bool winograd_relu) -> Tensor",
+        None,
+        _native_domain_backward_input_fake,
+    )
 
 
 # --- what the planner measures ---

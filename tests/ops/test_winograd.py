@@ -317,8 +317,43 @@ def test_a_filter_that_is_used_once(isa, tile, rotate, dtype):
                 x, filter, bias, None, k, tile, *where, True, False, fast
             )
             for layout in layouts:
-                arguments = (x, layout, bias, None, tile, *where, True, rotate, fast)
+                arguments = (x, layout, bias, None, tile, *where, True, False, rotate, fast)
                 assert torch.equal(ops._winograd_convolve(*arguments), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", TILES)
+def test_a_filter_of_the_domain_that_is_used_once(isa, tile, dtype, channels_last):
+    """The same for weights of the Winograd domain, forward and for the input gradient."""
+    c, k, where = 261, 275, ((1, 0), (1, 1))
+    size = {2: (7, 9), 4: (13, 17), 6: (19, 26)}[tile]
+    x, grad = tensors((1, c, *size), (1, k, size[0], size[1] - 2), channels_last=channels_last)
+    x, grad, bias = x.to(dtype), grad.to(dtype), torch.randn(k)
+    weight = (torch.randn(k, c, tile + 2, tile + 2) / 48).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count, winograd_relu in ((1, True), (2, True), (3, False)):
+            torch.set_num_threads(count)
+            filter = ops._winograd_pack(weight, tile, False)
+            assert torch.equal(
+                ops._winograd_convolve(
+                    x, weight, bias, None, tile, *where, True, winograd_relu, False, False
+                ),
+                ops._winograd_forward(
+                    x, filter, bias, None, k, tile, *where, True, winograd_relu, False
+                ),
+            )
+            filter = ops._winograd_pack(weight, tile, True)
+            assert torch.equal(
+                ops._winograd_domain_backward_input_once(
+                    grad, x, weight, tile, *where, winograd_relu
+                ),
+                ops._winograd_domain_backward_input(grad, x, filter, tile, *where, winograd_relu),
+            )
     finally:
         torch.set_num_threads(threads)
 
@@ -791,7 +826,7 @@ def test_relu_forward_and_backward(isa, tile, channels_last, dtype):
 @pytest.mark.native
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    "n, c, size, k, tile, padding, dilation",
+    ("n", "c", "size", "k", "tile", "padding", "dilation"),
     [
         (1, 18, (70, 61), 20, 2, (1, 1), (1, 1)),  # bands of rows of tiles, the even ones first
         (3, 40, (64, 50), 8, 4, (2, 3), (2, 3)),

@@ -391,9 +391,9 @@ def test_the_input_gradient_takes_lists_only():
 @pytest.mark.native
 def test_the_filter_of_the_gradient_has_no_zeros_where_that_is_less_work():
     weight = torch.randn(64, 64, 6, 6)
-    assert domain.pack_turned(weight, 4).dtype == torch.float32
-    assert domain.pack_turned(pruned(weight, "unstructured"), 4).dtype == torch.int32
-    assert domain.pack_turned(pruned(weight, "blocks"), 4).dtype == torch.int32
+    assert domain.pack(weight, 4, rotate=True).dtype == torch.float32
+    assert domain.pack(pruned(weight, "unstructured"), 4, rotate=True).dtype == torch.int32
+    assert domain.pack(pruned(weight, "blocks"), 4, rotate=True).dtype == torch.int32
 
 
 def test_gradcheck_twice():

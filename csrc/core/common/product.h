@@ -49,10 +49,10 @@ PYWINO_INLINE void rank_one(vec (&sum)[MR][NR], const float* v, const float* u) 
 }
 
 // M[r][n] = sum_c V[r][c] U[c][n] for MR tiles and NR vectors of output channels; `depth` counts floats of V. While it computes,
-// it fetches V's next block of channels, or of tiles, where loads leave room for that.
+// it fetches V's next block of channels, or of tiles, where loads leave room for that. add: to M, else in its place.
 template <typename E, int MR, int NR>
 void multiply(int64_t depth, const float* __restrict v, const float* __restrict u,
-              float* __restrict m, const Ahead& ahead) {
+              float* __restrict m, const Ahead& ahead, bool add) {
   for (int64_t done = 0; done < depth; done += kSumBlock) {
     vec sum[MR][NR];
     PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
@@ -73,12 +73,13 @@ void multiply(int64_t depth, const float* __restrict v, const float* __restrict 
     }
     PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n) {
       float* p = m + (r * NR + n) * kLanes;
-      store(p, done ? load(p) + sum[r][n] : sum[r][n]);
+      store(p, add ? load(p) + sum[r][n] : sum[r][n]);
     }
+    add = true;
   }
 }
 
-using Multiply = void (*)(int64_t, const float*, const float*, float*, const Ahead&);
+using Multiply = void (*)(int64_t, const float*, const float*, float*, const Ahead&, bool add);
 
 // Tables of register blocks by MR - 1.
 template <typename E, int NR, int... MR>

@@ -201,7 +201,7 @@ struct Run {
         const float* u = run.params.filter + channel * run.depth;
         for (int64_t a = a0; a < a1; a += run.rows) {
           const int size = int(min<int64_t>(run.rows, a1 - a));
-          table[size - 1](run.depth, v + (a - a0) * run.line_floats(), u, m, kNothing);
+          table[size - 1](run.depth, v + (a - a0) * run.line_floats(), u, m, kNothing, false);
           run.write(run.pixels.list + a, size, channel, vectors, m);
         }
       }

@@ -8,6 +8,7 @@
 #include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "filter.h"
 #include "overlap.h"
 #include "patches.h"
 #include "prefetch.h"
@@ -221,11 +222,11 @@ struct WeightGradient {
       const int64_t pitch = g.input.c * size * size;
       float* out =
           params.gradient + k * kLanes * pitch + (c0 * kLanes + groups.start(i)) * size * size;
-      for (int e = 0; e < entries; e += kLanes) {
-        transpose(kernels + e);
-        for (int lane = 0; lane < lanes; ++lane)
+      for (int e = 0; e < entries; e += kLanes) transpose(kernels + e);
+      // One k after the other: their weights often lie a multiple of 4 KB apart, and would evict one another line by line.
+      for (int lane = 0; lane < lanes; ++lane)
+        for (int e = 0; e < entries; e += kLanes)
           store_part(out + lane * pitch + e, kernels[e + lane], 0, min(kLanes, entries - e));
-      }
     }
   }
 
@@ -300,7 +301,8 @@ struct DomainInputGradient {
   int threads;
   int64_t panels, bands, shares, images;  // of input channels, of an image, of a band, of a task
   int rows;                               // most tiles of a register block
-  int64_t chunk, stride_d, stride_p;
+  int64_t chunk, stride_d, stride_p, stride_u;
+  bool own_filter;           // each panel is used once: it may be made for that
   bool own_zeros;            // each task zeroes its images itself
   bool fetch, fetch_filter;  // what the next tiles touch, or the filter, while one multiplies
   int parity = 0;            // of the bands
@@ -317,22 +319,27 @@ struct DomainInputGradient {
         threads(threads),
         panels(ceil_div<int64_t>(g.input.c, kPanel)),
         rows(g.input.c > kLanes ? kRows2 : kRows1) {
-    const int64_t n = g.input.n, tiles = max<int64_t>(1, grid.tiles_per_image);
+    const int64_t n = g.input.n, tiles = max<int64_t>(1, grid.tiles_per_image),
+                  panel_floats = A2 * g.out_channels * kPanel,
+                  image_bytes = g.input.c * g.input.h * g.input.w * 4,
+                  tile_bytes = A2 * (grad.blocks() * kLanes + kPanel) * 4,
+                  most = max<int64_t>(1, kScratchPerThread / tile_bytes);
+    const bool large = panel_floats * panels * 4 > kLargeFilterBytes;
+    fetch_filter = large && g.out_channels >= 512;
+    const int64_t wanted = min<int64_t>((fetch_filter ? 4 : 2) * rows, most),
+                  together = ceil_div(wanted, tiles);
+    // Small images together: all that fit, for a large filter, else while there are enough for the threads.
+    images = large ? min(n, together) : max<int64_t>(1, min(together, n / (2 * threads)));
+    chunk = min(tiles < wanted ? images * tiles : wanted, most);
     // Bands of two rows and two register blocks or more, an even number. A large filter each would read whole, a share but its part.
-    const bool large = A2 * g.out_channels * g.input.c * 4 > kLargeFilterBytes;
     bands = min(kMostBands / n, min(grid.rows.total / 2, tiles / (2 * rows))) & ~int64_t(1);
     if (bands < 2 || large) bands = 1;
-    shares = min(panels, max<int64_t>(1, threads / (n * max<int64_t>(1, bands / 2))));
-    const int64_t tile_bytes = A2 * (grad.blocks() * kLanes + kPanel) * 4,
-                  image_bytes = g.input.c * g.input.h * g.input.w * 4;
-    fetch_filter = large && g.out_channels >= 512;
-    const int64_t most = max<int64_t>(1, kScratchPerThread / tile_bytes),
-                  wanted = min<int64_t>((fetch_filter ? 4 : 2) * rows, most);
-    // Small images together, while there are enough for the threads.
-    images = max<int64_t>(1, min(ceil_div(wanted, tiles), n / (2 * threads)));
-    chunk = min(tiles < wanted ? images * tiles : wanted, most);
+    const int64_t at_once = ceil_div(n, images) * max<int64_t>(1, bands / 2);
+    shares = min(panels, max<int64_t>(1, threads / at_once));
+    own_filter = large && images == n && chunk >= n * tiles;
     stride_d = padded_stride(chunk * grad.blocks() * kLanes);
     stride_p = padded_stride(chunk * kPanel);
+    stride_u = padded_stride(kSumBlock * kPanel);
     own_zeros = bands == 1 && shares == 1 && images * image_bytes <= kPrefetchBytes;
     fetch = !fetch_filter && shares == 1 && n * image_bytes > kPrefetchBytes;
   }
@@ -375,19 +382,31 @@ struct DomainInputGradient {
     const int vectors = g.input.c - channel > kLanes ? 2 : 1,
               tiles = groups.start(groups.count - 1) + groups.size(groups.count - 1);
     const Multiply* table = multiplies<float>(vectors);
-    const float* u = params.filter + channel * depth * A2;
-    for (int xi = 0; xi < A2; ++xi) {
-      const float* next = u + depth * vectors * kLanes;
-      Ahead next_filter = {reinterpret_cast<const char*>(next), 64, 1,
-                           ceil_div(4 * vectors * kLanes * 4 / 64, groups.count)};
-      for (int i = 0; i < groups.count; ++i) {
-        table[groups.size(i) - 1](depth,
-                                  d + xi * stride_d + groups.start(i) * grad.blocks() * kLanes, u,
-                                  p + xi * stride_p + groups.start(i) * vectors * kLanes,
-                                  fetch_filter ? next_filter : ahead.next());
-        next_filter.next += depth / 4 * next_filter.rate * next_filter.pitch;
+    // Channels [k0, k1) of the products, with their filter.
+    const auto product = [&](int64_t k0, int64_t k1, const float* u, int64_t pitch) {
+      for (int xi = 0; xi < A2; ++xi, u += pitch) {
+        Ahead next_filter = {reinterpret_cast<const char*>(u + pitch), 64, 1,
+                             ceil_div(4 * vectors * kLanes * 4 / 64, groups.count)};
+        for (int i = 0; i < groups.count; ++i) {
+          table[groups.size(i) - 1](
+              k1 - k0,
+              d + xi * stride_d + groups.start(i) * grad.blocks() * kLanes + k0 * groups.size(i), u,
+              p + xi * stride_p + groups.start(i) * vectors * kLanes,
+              fetch_filter ? next_filter : ahead.next(), k0 > 0);
+          next_filter.next += (k1 - k0) / 4 * next_filter.rate * next_filter.pitch;
+        }
       }
-      u = next;
+    };
+    if (params.weight) {
+      float* own = p + A2 * stride_p;
+      const FilterRun<M, T> filter(*params.weight);
+      for (int64_t k0 = 0; k0 < depth; k0 += kSumBlock) {
+        const int64_t k1 = min(k0 + kSumBlock, depth);
+        filter.kernels(panel, k0, k1, own, stride_u);
+        product(k0, k1, own, stride_u);
+      }
+    } else {
+      product(0, depth, params.filter + channel * depth * A2, depth * vectors * kLanes);
     }
     for (int t = 0; t < tiles;) {
       const Piece piece = g.channels_last ? grid.piece(first + t, tiles - t)
@@ -401,8 +420,9 @@ struct DomainInputGradient {
 
   static void body(void* arg) {
     DomainInputGradient& run = *static_cast<DomainInputGradient*>(arg);
+    const int64_t own = run.params.weight ? run.stride_u : 0;
     float* d = static_cast<float*>(
-        scratch(A2 * (run.stride_d + run.stride_p) * sizeof(float), ScratchSlot::own));
+        scratch(A2 * (run.stride_d + run.stride_p + own) * sizeof(float), ScratchSlot::own));
     if (!d) {
       run.failed = true;
       return;
@@ -453,10 +473,22 @@ Status run(const Params& params, const Executor& executor) {
   });
 }
 
+bool takes_weight(const Geometry& geometry, int threads) {
+  DomainInputGradientParams params{};
+  params.geometry = geometry;
+  bool takes = false;
+  with_tile(geometry.tile, [&](auto tile) {
+    takes = DomainInputGradient<tile.m, float>(params, threads).own_filter;
+    return Status::ok;
+  });
+  return takes;
+}
+
 }  // namespace
 
 extern const BackwardKernels PYWINO_ISA_NAME(backward_kernels_);
 const BackwardKernels PYWINO_ISA_NAME(backward_kernels_) = {
-    run<WeightGradient, WeightGradientParams>, run<DomainInputGradient, DomainInputGradientParams>};
+    run<WeightGradient, WeightGradientParams>, run<DomainInputGradient, DomainInputGradientParams>,
+    takes_weight};
 
 }  // namespace pywino::winograd

@@ -22,6 +22,7 @@
 #include "../common/product.h"
 #include "../common/scratch.h"
 #include "../common/simd.h"
+#include "filter.h"
 #include "stages.h"
 #include "tiles.h"
 #include "transforms.h"
@@ -40,169 +41,6 @@ int64_t packed_size(int64_t out_channels, int64_t in_channels, int tile, bool fa
 #endif
   return int64_t(tile + 2) * (tile + 2) * depth * round_up<int64_t>(out_channels, kLanes);
 }
-
-// One vector of kernels at a time, in double (two halves): U is made once and every product inherits its error.
-constexpr int kHalf = kLanes / 2;
-typedef double dvec __attribute__((vector_size(kHalf * 8)));
-typedef float half_vec __attribute__((vector_size(kHalf * 4)));
-
-template <int M, typename T>
-struct FilterRun {
-  static constexpr int A = Transform<M>::A;
-  static constexpr int kKernelsPerTask = kLanes;
-  const FilterParams& p;
-  int64_t K, C, stride_k, stride_c;
-  int64_t next = 0;
-
-  explicit FilterRun(const FilterParams& params)
-      : p(params),
-        K(p.rotate ? p.in_channels : p.out_channels),
-        C(p.rotate ? p.out_channels : p.in_channels),
-        stride_k(p.rotate ? p.stride_c : p.stride_k),
-        stride_c(p.rotate ? p.stride_k : p.stride_c) {}
-
-  static void body(void* arg) {
-    FilterRun& run = *static_cast<FilterRun*>(arg);
-    const int64_t panels = ceil_div<int64_t>(run.K, kPanel),
-                  parts = ceil_div<int64_t>(run.C, kKernelsPerTask);
-    for (int64_t task = take(&run.next); task < panels * parts; task = take(&run.next)) {
-      const int64_t panel = task / parts, c0 = task % parts * kKernelsPerTask;
-      run.kernels(panel, c0, min(c0 + kKernelsPerTask, run.C),
-                  run.p.packed + panel * run.panel_floats(), run.depth() * run.width(panel));
-    }
-  }
-
-  int64_t depth() const {
-#if defined(__AVX512BF16__)
-    if (p.fast) return Depth<bf16_operand>::floats(C);
-#endif
-    return C;
-  }
-  int64_t panel_floats() const { return depth() * A * A * kPanel; }
-
-  int width(int64_t panel) const { return K - panel * kPanel > kLanes ? kPanel : kLanes; }
-
-  // Kernels (k, c) of the k of one panel, to where its positions lie `pitch` floats apart.
-  void kernels(int64_t panel, int64_t c0, int64_t c1, float* to, int64_t pitch) const {
-    // The first half of each line waits for the second, where U is streamed.
-    alignas(64) float waiting[waiting_floats(kKernelsPerTask * A * A)];
-    for (int64_t vector = 2 * panel; vector < min(2 * panel + 2, channel_blocks(K)); ++vector)
-      kernels_of(vector, c0, c1, to, pitch, waiting);
-  }
-
-  // Of the k of one vector.
-  void kernels_of(int64_t vector, int64_t c0, int64_t c1, float* panel, int64_t pitch,
-                  float* waiting) const {
-    const int size = p.spatial ? 3 : A;
-    const int lanes = int(min<int64_t>(kLanes, K - vector * kLanes));
-    const bool turn = p.rotate && p.spatial;
-    const T* kernel = static_cast<const T*>(p.weight) + vector * kLanes * stride_k;
-    const auto at = [&](int i, int j) {
-      return (turn ? 2 - i : i) * p.stride_h + (turn ? 2 - j : j) * p.stride_w;
-    };
-    // Where a vector of one k's weights holds several c: [c][tap][k], of as many c as there are lanes. What is read at once
-    // does not wait for the stores of what was transformed before.
-    const bool by_tap = stride_c == 1,
-               by_kernel = stride_c == 9 && p.stride_h == 3 && p.stride_w == 1,
-               together = p.spatial && lanes == kLanes && stride_k != 1 && (by_tap || by_kernel);
-    alignas(64) float g[A * A][kLanes], block[kLanes * 9][kLanes];
-    for (int64_t c = c0; c < c1; ++c) {
-      const T* from = kernel + c * stride_c;
-      if (together) {
-        const int in_block = int(c - c0) % kLanes * 9;
-        if (in_block == 0) {
-          const int count = int(min<int64_t>(kLanes, c1 - c));
-          for (int e = 0; e < 9; ++e) {
-            const int64_t offset = by_tap ? e / 3 * p.stride_h + e % 3 * p.stride_w : e * kLanes;
-            const int most = by_tap ? count : min(kLanes, max(0, 9 * count - e * kLanes));
-            vec r[kLanes];
-            PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
-                load_part(from + lane * stride_k + offset, 0, most);
-            transpose(r);
-            PYWINO_UNROLL for (int n = 0; n < kLanes; ++n)
-                store(block[by_tap ? n * 9 + e : e * kLanes + n], r[n]);
-          }
-        }
-        for (int e = 0; e < 9; ++e) store(g[e], load(block[in_block + (turn ? 8 - e : e)]));
-      } else if (stride_k == 1 && lanes == kLanes) {
-        for (int i = 0; i < size; ++i)
-          for (int j = 0; j < size; ++j) store(g[i * size + j], load(from + at(i, j)));
-      } else if (p.stride_w == 1 && p.stride_h == size && lanes == kLanes) {
-        const int entries = size * size;
-        for (int e = 0; e < entries; e += kLanes) {
-          vec r[kLanes];
-          const int count = min(kLanes, entries - e);
-          PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
-              load_part(from + lane * stride_k + e, 0, count);
-          transpose(r);
-          for (int i = 0; i < count; ++i) store(g[turn ? entries - 1 - e - i : e + i], r[i]);
-        }
-      } else {
-        for (int lane = 0; lane < kLanes; ++lane)
-          for (int i = 0; i < size; ++i)
-            for (int j = 0; j < size; ++j)
-              g[i * size + j][lane] = lane < lanes ? get(from + lane * stride_k + at(i, j)) : 0.f;
-      }
-      if (p.spatial) transform(g);
-      write(g, vector, c, panel, pitch, waiting);
-    }
-  }
-
-  // U of one c, into its panel.
-  void write(const float (*g)[kLanes], int64_t vector, int64_t c, float* panel, int64_t pitch,
-             float* waiting) const {
-    const int64_t first = vector % 2 * kLanes, width = this->width(vector / 2);
-#if defined(__AVX512BF16__)
-    if (p.fast) {
-      for (int xi = 0; xi < A * A; ++xi) {
-        bf16_operand row[kLanes];
-        store(row, load(g[xi]));
-        bf16_operand* pairs =
-            reinterpret_cast<bf16_operand*>(panel + xi * pitch + c / 2 * width + first);
-        for (int lane = 0; lane < kLanes; ++lane) {
-          pairs[2 * lane + c % 2] = row[lane];
-          if (c % 2 == 0 && c + 1 == C) pairs[2 * lane + 1] = {0};
-        }
-      }
-      return;
-    }
-#endif
-    for (int xi = 0; xi < A * A; ++xi) {
-      // The rows of U lie C * width apart, often a multiple of 4 KB: ordinary stores of a large U would evict one another.
-      float* row = panel + xi * pitch + c * width + first;
-      if (p.stream && width >= kVectorsOfLine * kLanes)
-        stream_line(row, load(g[xi]), vector, waiting, c % kKernelsPerTask * A * A + xi);
-      else
-        store(row, load(g[xi]));
-    }
-  }
-
-  // In place: rows 0 .. 8 hold the 3 x 3 kernels, then all hold G g G^T.
-  static void transform(float (*g)[kLanes]) {
-    dvec d[2][9], u[A];
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < 9; ++i) {
-        half_vec h;
-        __builtin_memcpy(&h, g[i] + half * kHalf, sizeof h);
-        d[half][i] = __builtin_convertvector(h, dvec);
-      }
-    for (int half = 0; half < 2; ++half) {
-      dvec t[A][3];
-      PYWINO_UNROLL for (int j = 0; j < 3; ++j) {
-        const dvec column[3] = {d[half][j], d[half][3 + j], d[half][6 + j]};
-        Transform<M>::filter(column, u);
-        PYWINO_UNROLL for (int i = 0; i < A; ++i) t[i][j] = u[i];
-      }
-      for (int i = 0; i < A; ++i) {
-        Transform<M>::filter(t[i], u);
-        PYWINO_UNROLL for (int j = 0; j < A; ++j) {
-          const half_vec h = __builtin_convertvector(u[j], half_vec);
-          __builtin_memcpy(g[i * A + j] + half * kHalf, &h, sizeof h);
-        }
-      }
-    }
-  }
-};
 
 // --- the convolution ----------------------------------------------------------------------------------------------------------
 // Of tiles [t0, t1) to the gates of a convolutional LSTM: [tile][vector of outputs][M * M pixels][lanes].
@@ -261,15 +99,15 @@ struct Epilogue {
   float *sums, *gates;
 };
 
-// Panels [panel0, panel1) of the product, then of the output, for groups [g0, g1) of the chunk. Several panels: one position xi
-// after the other, so that V[xi] is read from near and not all of V again for each. u: the filter of these panels,
+// Input channels [c0, c1) of the products of panels [panel0, panel1) and groups [g0, g1) of the chunk. Several panels: one position
+// xi after the other, so that V[xi] is read from near and not all of V again for each. u: the filter of these panels and channels,
 // where positions of a panel lie `pitch` floats apart, or behind one another (0).
 template <int M, typename T, typename E>
-void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
-                 int64_t panel0, int64_t panel1, const float* u, int64_t pitch, const E* v,
-                 float* m, InputPrefetch<M, T>& inputs, const Epilogue& epilogue) {
+void product_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
+                   int64_t panel0, int64_t panel1, int64_t c0, int64_t c1, const float* u,
+                   int64_t pitch, const E* v, float* m, InputPrefetch<M, T>& inputs) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
-  const int64_t depth = Depth<E>::floats(job.geometry.input.c), K = job.geometry.out_channels,
+  const int64_t depth = Depth<E>::floats(c1 - c0), K = job.geometry.out_channels,
                 channel = panel0 * kPanel;
   const int all = int(min(channel_blocks(K - channel), (panel1 - panel0) * 2));  // vectors
   const int t0 = groups.start(g0), t1 = groups.start(g1 - 1) + groups.size(g1 - 1);
@@ -297,16 +135,28 @@ void panel_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0,
       }
       for (int g = g0; g < g1; ++g) {
         const int start = groups.start(g);
-        const E* block = v + xi * job.stride_v + start * job.lines * Depth<E>::kLine;
+        const E* block =
+            v + xi * job.stride_v + start * job.lines * Depth<E>::kLine + c0 * groups.size(g);
         table[groups.size(g) - 1](
             depth, reinterpret_cast<const float*>(block), filter(xi, panel),
             m + xi * job.stride_m + m_offset(t1 - t0, all, start - t0, int(panel - panel0) * 2),
             job.fetch_filter                  ? next_filter
             : job.fetch_output && xi % 2 == 1 ? outputs.next()
-                                              : inputs.next());
+                                              : inputs.next(),
+            c0 > 0);
         next_filter.next += depth / 4 * next_filter.rate * next_filter.pitch;
       }
     }
+}
+
+// The outputs of these panels and groups, from all their products.
+template <int M, typename T>
+void panel_output(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
+                  int64_t panel0, int64_t panel1, const float* m, const Epilogue& epilogue) {
+  const int64_t channel = panel0 * kPanel;
+  const int all =
+      int(min(channel_blocks(job.geometry.out_channels - channel), (panel1 - panel0) * 2));
+  const int t0 = groups.start(g0), t1 = groups.start(g1 - 1) + groups.size(g1 - 1);
   if (epilogue.gates)
     gate_stage<M>(job, t0, t1, channel, all, m, epilogue.gates);
   else
@@ -356,21 +206,25 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
   return p;
 }
 
+// Input channels of which a thread makes a panel's filter at once, where it is used once: as many as a product sums, few enough for the
+// second-level cache.
+template <typename E>
+constexpr int64_t kOwnChannels = kSumBlock * Depth<E>::kPerFloat;
+
 // Of the filter of one panel.
 template <typename E>
 int64_t panel_bytes(const Geometry& g) {
   return int64_t(g.tile + 2) * (g.tile + 2) * Depth<E>::floats(g.input.c) * kPanel * 4;
 }
 
-// Whether threads may transform the filter panel by panel, each just before its product: where every panel is used once.
+// Whether threads may transform the filter panel by panel, each part just before its product: where every panel is used once.
 template <typename E>
 bool takes_weight_as(const Geometry& g, int threads) {
   if (g.input.n * g.out_h() * g.out_w() * g.out_channels * g.input.c == 0) return false;
   const int64_t tiles = Grid(g).tiles, panels = ceil_div<int64_t>(g.out_channels, kPanel);
   const Plan plan =
       make_plan(g, tiles, threads, g.out_channels > kLanes ? kRows2 : kRows1, sizeof(E), false);
-  return plan.joint && tiles <= plan.chunk && panels >= 4 * threads &&
-         panel_bytes<E>(g) <= kOwnFilterBytes;
+  return plan.joint && tiles <= plan.chunk && panels >= 4 * threads;
 }
 
 template <int M, typename T, typename E>
@@ -391,7 +245,7 @@ struct Run {
   int tiles = 0, splits = 1;
   E* shared_v = nullptr;
   int64_t v_bytes = 0, m_bytes = 0, gates_bytes = 0;
-  int64_t u_bytes = 0;  // of a panel, where each thread makes its own
+  int64_t u_bytes = 0;  // of a panel's part, where each thread makes its own
 
   const float* filter_of(int64_t panel) const {
     return job.params.filter + panel * panel_bytes<E>(job.geometry) / int64_t(sizeof(float));
@@ -433,10 +287,12 @@ struct Run {
       const Epilogue epilogue{run.sums ? run.sums + chunk * K : nullptr, gates};
       if (epilogue.sums) __builtin_memset(epilogue.sums, 0, K * sizeof(float));
       input_stage<M>(job, begin, 0, tiles, groups, 0, job.blocks, v);
-      for (int64_t panel = 0; panel < run.panels; panel += run.at_once)
-        panel_stage<M>(job, begin, groups, 0, groups.count, panel,
-                       min(panel + run.at_once, run.panels), run.filter_of(panel), 0, v, m, ahead,
-                       epilogue);
+      for (int64_t panel = 0; panel < run.panels; panel += run.at_once) {
+        const int64_t end = min(panel + run.at_once, run.panels);
+        product_stage<M>(job, begin, groups, 0, groups.count, panel, end, 0, job.geometry.input.c,
+                         run.filter_of(panel), 0, v, m, ahead);
+        panel_output<M>(job, begin, groups, 0, groups.count, panel, end, m, epilogue);
+      }
       if (gates) cell_stage<M>(job, begin, tiles, gates);
     }
   }
@@ -471,16 +327,23 @@ struct Run {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
       const int64_t panel = task / splits;
-      const float* u = own;
-      const int64_t pitch = run.u_bytes ? run.u_bytes / int64_t(sizeof(float)) / A2 : 0;
-      if (pitch) {
+      const auto product = [&](int64_t c0, int64_t c1, const float* u, int64_t pitch) {
+        product_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, c0, c1, u, pitch,
+                         run.shared_v, m, nothing);
+      };
+      const int64_t C = run.job.geometry.input.c;
+      if (run.u_bytes) {
         const FilterRun<M, T> filter(*run.job.params.weight);
-        filter.kernels(panel, 0, filter.C, own, pitch);
+        const int64_t pitch = run.u_bytes / int64_t(sizeof(float)) / A2;
+        for (int64_t c0 = 0; c0 < C; c0 += kOwnChannels<E>) {
+          const int64_t c1 = min(c0 + kOwnChannels<E>, C);
+          filter.kernels(panel, c0, c1, own, pitch);
+          product(c0, c1, own, pitch);
+        }
       } else {
-        u = run.filter_of(panel);
+        product(0, C, run.filter_of(panel), 0);
       }
-      panel_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, u, pitch, run.shared_v,
-                     m, nothing, Epilogue{});
+      panel_output<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, m, Epilogue{});
     }
   }
 
@@ -565,7 +428,7 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   run.m_bytes = A2 * job.stride_m * 4;
   run.gates_bytes = params.lstm ? chunk * M * M * g.out_channels * 4 : 0;
   if (params.weight)
-    run.u_bytes = A2 * padded_stride(panel_bytes<E>(g) / A2 / 4) * 4;
+    run.u_bytes = A2 * padded_stride(kSumBlock * kPanel) * 4;
   else if (panels < 4 * executor.threads)
     run.splits = int(ceil_div<int64_t>(4 * executor.threads, panels));
   if (!params.mean) return run(plan);

@@ -100,5 +100,8 @@ Status domain_input_gradient(const DomainInputGradientParams& params, const Exec
   return params.sparse_filter ? sparse_kernels().domain_input_gradient(params, executor)
                               : backward_kernels().domain_input_gradient(params, executor);
 }
+bool input_gradient_takes_weight(const Geometry& geometry, int threads) {
+  return backward_kernels().takes_weight(geometry, threads);
+}
 
 }  // namespace pywino::winograd

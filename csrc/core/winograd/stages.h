@@ -21,8 +21,6 @@ constexpr int64_t kCacheBytes = int64_t(kSmallCache ? 512 : 1280) << 10;
 // A V of more is not there any more when the next panel reads it again; so many panels' M may be there.
 constexpr int64_t kNearBytes = kCacheBytes * 3 / 4;
 constexpr int kMostPanels = 2;
-// Most of a panel's filter that a thread makes for itself, beside its scratch.
-constexpr int64_t kOwnFilterBytes = int64_t(3) << 20;
 
 int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
 

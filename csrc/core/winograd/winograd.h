@@ -110,8 +110,10 @@ struct DomainInputGradientParams {
   bool winograd_relu;
   const float* filter;    // packed with `rotate`
   float* input_gradient;  // like input, but fp32
-  const int32_t* sparse_filter =
-      nullptr;  // unstructured, packed with `rotate`: instead of `filter`
+  // Instead of `filter`: unstructured, packed with `rotate`; or, where input_gradient_takes_weight(), a weight that is used once,
+  // with `rotate`, of the input's dtype.
+  const int32_t* sparse_filter = nullptr;
+  const FilterParams* weight = nullptr;
 };
 
 // One set of these for each instruction set (common/isa.h), defined in cpu_forward.cpp and cpu_backward.cpp.
@@ -132,6 +134,7 @@ struct SparseKernels {
 struct BackwardKernels {
   Status (*weight_gradient)(const WeightGradientParams&, const Executor&);
   Status (*domain_input_gradient)(const DomainInputGradientParams&, const Executor&);
+  bool (*takes_weight)(const Geometry&, int threads);
 };
 
 PYWINO_API bool tile_exists(int tile);
@@ -147,6 +150,7 @@ PYWINO_API bool takes_weight(const Geometry&, bool fast, int threads);
 PYWINO_API Status filter(const FilterParams&, const Executor&);
 PYWINO_API Status weight_gradient(const WeightGradientParams&, const Executor&);
 PYWINO_API Status domain_input_gradient(const DomainInputGradientParams&, const Executor&);
+PYWINO_API bool input_gradient_takes_weight(const Geometry&, int threads);
 // A filter of the Winograd domain (`spatial`, `fast` and `packed` of the params are not read) without its zeros: its size in
 // 32-bit words, its packing, and whether an array is such a filter of the instruction set in force.
 PYWINO_API int64_t sparse_filter_size(const FilterParams&, Pattern, const Executor&);
