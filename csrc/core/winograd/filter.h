@@ -20,7 +20,10 @@ typedef float half_vec __attribute__((vector_size(kHalf * 4)));
 template <int M, typename T>
 struct FilterRun {
   static constexpr int A = Transform<M>::A;
-  static constexpr int kKernelsPerTask = kLanes, kFetchKernels = 2;
+  static constexpr int kKernelsPerTask = kLanes;
+  // What is read so many kernels later is fetched. Kernels of one k or of one c lie far apart, in too many streams, or too short
+  // ones, for the processor to foresee. (Where there are no more, an address behind the weight is no harm.)
+  static constexpr int kFetchKernels = 4;
   const FilterParams& p;
   int64_t K, C, stride_k, stride_c;
   int64_t next = 0;
@@ -55,9 +58,12 @@ struct FilterRun {
   void kernels(int64_t panel, int64_t c0, int64_t c1, float* to, int64_t pitch) const {
     // The first half of each line waits for the second, where U is streamed.
     alignas(64) float waiting[waiting_floats(kKernelsPerTask * A * A)];
-    for (int64_t vector = 2 * panel; vector < min(2 * panel + 2, ceil_div<int64_t>(K, kLanes));
-         ++vector)
-      kernels_of(vector, c0, c1, to, pitch, waiting);
+    const int64_t end = min(2 * panel + 2, ceil_div<int64_t>(K, kLanes));
+    // Neighbouring k lie in neighbouring lines, or in the same.
+    for (int64_t c = c0; c < c1; c += kKernelsPerTask)
+      for (int64_t vector = 2 * panel; vector < end; ++vector)
+        kernels_of(vector, c, min(c + kKernelsPerTask, c1),
+                   to + (c - c0) / channels_of_float() * width(panel), pitch, waiting);
   }
 
   // Of the k of one vector.
@@ -86,8 +92,10 @@ struct FilterRun {
             const int64_t offset = by_tap ? e / 3 * p.stride_h + e % 3 * p.stride_w : e * kLanes;
             const int most = by_tap ? count : min(kLanes, max(0, 9 * count - e * kLanes));
             vec r[kLanes];
-            PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) r[lane] =
-                load_part(from + lane * stride_k + offset, 0, most);
+            PYWINO_UNROLL for (int lane = 0; lane < kLanes; ++lane) {
+              r[lane] = load_part(from + lane * stride_k + offset, 0, most);
+              prefetch(from + lane * stride_k + offset + kLanes * stride_c);
+            }
             transpose(r);
             PYWINO_UNROLL for (int n = 0; n < kLanes; ++n)
                 store(block[by_tap ? n * 9 + e : e * kLanes + n], r[n]);
@@ -96,14 +104,15 @@ struct FilterRun {
         for (int e = 0; e < 9; ++e) store(g[e], load(block[in_block + (turn ? 8 - e : e)]));
       } else if (stride_k == 1 && lanes == kLanes) {
         for (int i = 0; i < size; ++i)
-          for (int j = 0; j < size; ++j) store(g[i * size + j], load(from + at(i, j)));
+          for (int j = 0; j < size; ++j) {
+            store(g[i * size + j], load(from + at(i, j)));
+            prefetch(from + at(i, j) + kFetchKernels * stride_c);
+          }
       } else if (p.stride_w == 1 && p.stride_h == size && lanes == kLanes) {
         const int entries = size * size;
-        // Kernels of one k or of one c lie far apart: too many streams, or too short ones, for the processor to foresee.
-        if (const int64_t later = c + kFetchKernels; !p.spatial && later < c1)
-          for (int lane = 0; lane < kLanes; ++lane)
-            for (int e = 0; e < entries; e += 64 / int(sizeof(T)))
-              prefetch(kernel + later * stride_c + lane * stride_k + e);
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int e = 0; e < entries; e += 64 / int(sizeof(T)))
+            prefetch(from + lane * stride_k + kFetchKernels * stride_c + e);
         for (int e = 0; e < entries; e += kLanes) {
           vec r[kLanes];
           const int count = min(kLanes, entries - e);
