@@ -9,7 +9,7 @@ import torch
 
 from pywino import backends, planner
 from pywino.ops import _winograd_cuda
-from pywino.ops._winograd_zeros import pack, pattern, pattern_turned
+from pywino.ops._winograd_zeros import pack, pattern
 
 _ops = torch.ops.pywino
 _chosen = planner.memo()
@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
     def filter(self, weight, rotate=False):
         """The packed filter of a weight; `rotate`: of the input gradient."""
         if self.backend == "cpu" and not self._spatial:
-            return pack(weight, self.tile, rotate)
+            return pack(weight, self.tile, pattern(weight, rotate), rotate)
         if self.skips:
             return _winograd_cuda.pack(weight, self.tile, self.mode)
         return self.whole_filter(weight, rotate)
@@ -82,9 +82,12 @@ class Kernel(NamedTuple):
     def convolve(self, input, weight, bias, residual, padding, dilation, relu, rotate=False):
         """`forward` with a filter that is made for this call. `rotate`: the input gradient, where
         `input` is the output's."""
-        if self.backend != "cpu" or not (self._spatial or pattern(weight) == "dense"):
+        filter, k = None, weight.shape[1 if rotate else 0]
+        if self.backend != "cpu":
             filter = self.filter(weight, rotate)
-            k = weight.shape[1 if rotate else 0]
+        elif not self._spatial and (how := pattern(weight, rotate)) != "dense":
+            filter = pack(weight, self.tile, how, rotate)
+        if filter is not None:
             return self.forward(input, filter, bias, residual, k, padding, dilation, relu)
         input, bias, residual = _as_read(input, bias, residual)
         relus = (relu, self.winograd_relu)
@@ -172,16 +175,17 @@ class Kernel(NamedTuple):
         """The gradient by the input, of a weight in the Winograd domain. Where V goes through no
         ReLU, no element of the input is read."""
         arguments = (self.tile, padding, dilation)
-        if self.backend == "cpu" and pattern_turned(weight) == "dense":
-            return _ops._winograd_domain_backward_input_once.default(
-                grad, input, weight, *arguments, self.winograd_relu
-            )
+        if self.backend == "cpu":
+            how, arguments = pattern(weight, rotate=True), (*arguments, self.winograd_relu)
+            if how == "dense":
+                once = _ops._winograd_domain_backward_input_once.default
+                return once(grad, input, weight, *arguments)
+            filter = pack(weight, self.tile, how, rotate=True)
+            return _ops._winograd_domain_backward_input.default(grad, input, filter, *arguments)
         filter = self.filter(weight, rotate=True)
         if self.backend == "triton":
             return _triton().relu_input_gradient(grad, input, *filter, *arguments, self._domain)
         arguments = (grad, input, filter, *arguments, self.winograd_relu)
-        if self.backend == "cpu":
-            return _ops._winograd_domain_backward_input.default(*arguments)
         return _winograd_cuda.domain_input_gradient(*arguments, self.mode)
 
     @property

@@ -2,6 +2,8 @@
 """Weights of the Winograd domain as the CPU's kernels read them: whole, or without their zeros,
 whichever is the less work."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -34,31 +36,24 @@ def _is_full(weight):
     return sample.count_nonzero().item() == sample.numel()
 
 
-def pattern(weight):
-    """How to pack a weight of the Winograd domain: "dense", "blocks" or "unstructured"."""
+def pattern(weight, rotate=False):
+    """How to pack a weight of the Winograd domain: "dense", "blocks" or "unstructured". `rotate`:
+    for the input gradient. Blocks of output channels are none of the turned weight, so zeros are
+    skipped one by one then."""
     if _is_full(weight):
         return "dense"
     single, blocks = densities(weight)
     work = {
         "dense": _GAIN,
-        "blocks": _BLOCKS[0] * blocks + _BLOCKS[1],
+        "blocks": math.inf if rotate else _BLOCKS[0] * blocks + _BLOCKS[1],
         "unstructured": _UNSTRUCTURED[0] * single + _UNSTRUCTURED[1],
     }
     return min(work, key=work.get)
 
 
-def pattern_turned(weight):
-    """The same for the input gradient: blocks of output channels are none of the turned weight, so
-    zeros are skipped one by one."""
-    if not _is_full(weight) and _UNSTRUCTURED[0] * densities(weight)[0] + _UNSTRUCTURED[1] < _GAIN:
-        return "unstructured"
-    return "dense"
-
-
-def pack(weight, tile, rotate=False):
+def pack(weight, tile, how, rotate=False):
     """What `_winograd_forward` takes for W, `rotate`: `_winograd_domain_backward_input`: a float
-    tensor, or an int32 one without the zeros."""
-    how = pattern_turned(weight) if rotate else pattern(weight)
+    tensor, or an int32 one without the zeros. how: its `pattern`."""
     if how == "dense":
         return _ops._winograd_pack.default(weight, tile, rotate)
     return _ops._winograd_sparse_pack.default(weight, tile, rotate, how == "blocks")

@@ -391,9 +391,9 @@ def test_the_input_gradient_takes_lists_only():
 @pytest.mark.native
 def test_the_filter_of_the_gradient_has_no_zeros_where_that_is_less_work():
     weight = torch.randn(64, 64, 6, 6)
-    assert domain.pack(weight, 4, rotate=True).dtype == torch.float32
-    assert domain.pack(pruned(weight, "unstructured"), 4, rotate=True).dtype == torch.int32
-    assert domain.pack(pruned(weight, "blocks"), 4, rotate=True).dtype == torch.int32
+    for how, expected in (("dense", "dense"), ("unstructured",) * 2, ("blocks", "unstructured")):
+        zeroed = weight if how == "dense" else pruned(weight, how)
+        assert domain.pattern(zeroed, rotate=True) == expected
 
 
 def test_gradcheck_twice():

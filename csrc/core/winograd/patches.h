@@ -242,22 +242,6 @@ void stage(const Source<T>& src, const T* planes, int channels, int64_t y0, int6
   }
 }
 
-// The same from a channels_last tensor.
-template <int P, typename T>
-void stage_pixels(const Source<T>& src, const T* image, int64_t channel, int64_t y0, int64_t x0,
-                  const Strip& map, float* strip) {
-  const int lanes = int(min<int64_t>(kLanes, src.channels - channel));
-  for (int i = 0; i < P; ++i)
-    for (int segment = 0; segment < map.segments; ++segment)
-      for (int j = 0; j < map.length; ++j) {
-        const int64_t y = y0 + i * src.dil_h, x = x0 + map.pixel(segment) + j;
-        const bool inside = y >= 0 && y < src.height && x >= 0 && x < src.width;
-        store(strip + (i * kStrip + segment * map.length + j) * kLanes,
-              inside ? load_part(image + (y * src.width + x) * src.channels + channel, 0, lanes)
-                     : zero());
-      }
-}
-
 // Zeros for the strip's pixels outside the mask.
 template <int P, typename T>
 void stage_mask(const Source<T>& src, int64_t image, int64_t y0, int64_t x0, const Strip& map,
