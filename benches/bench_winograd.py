@@ -443,8 +443,7 @@ def test_backward_weight(compare, native, layer):
             1,
             [False, True, False],
         )[1],
-        # The sum runs over all positions of all images, so PyTorch's own error grows with them too.
-        limit=2e-5,
+        limit=LIMITS,
         note="Several algorithms are tried on each row and the fastest is measured.",
     )
 

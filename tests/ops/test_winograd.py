@@ -390,6 +390,19 @@ def test_error_gates(isa, tile, gate, channels, relu_input):
 
 @pytest.mark.native
 @pytest.mark.parametrize("relu_input", [False, True])
+@pytest.mark.parametrize(("tile", "gate"), [(2, 7e-7), (4, 2.5e-6), (6, 7e-6)])
+def test_error_of_the_weight_gradient_does_not_grow_with_tiles(isa, tile, gate, relu_input):
+    """Thousands of tiles: one long sum misses each of these gates by a factor of two and more."""
+    input, grad = tensors((1, 16, 384, 384), (1, 16, 384, 384), channels_last=True)
+    input = input.relu() if relu_input else input
+    where = ((1, 1), (1, 1), f"f{tile}", "cpu", "default")
+    actual = ops.winograd_conv2d_backward_weight(grad, input, *where)
+    exact = torch.nn.grad.conv2d_weight(input.double(), (16, 16, 3, 3), grad.double(), padding=1)
+    assert relative_l2(actual, exact) < gate
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("relu_input", [False, True])
 @pytest.mark.parametrize(("tile", "gate"), [(2, 6e-3), (4, 1.2e-2), (6, 7e-6)])
 def test_precision_fast(isa, tile, gate, relu_input):
     """bf16 products where the instruction set has them; F6, which would lose 5 %, stays as it

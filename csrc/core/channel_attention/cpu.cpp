@@ -18,8 +18,6 @@ namespace {
 
 // Numbers of a block: in the second-level cache, where vectors of channels are summed one after the other.
 constexpr int64_t kBlock = 32 * 1024;
-// A larger output is written past the caches: a smaller one is in the second-level cache when it is read next.
-constexpr int64_t kStreamBytes = int64_t(4) << 20;
 
 template <typename T>
 PYWINO_INLINE vec load_lanes(const T* p, int lanes) {

@@ -10,8 +10,6 @@ namespace {
 
 // Numbers of a state that a thread takes at a time.
 constexpr int64_t kBlock = 8 * 1024;
-// Larger states are written past the caches: smaller ones are in the second-level cache when they are read next.
-constexpr int64_t kStreamBytes = int64_t(4) << 20;
 
 template <typename T>
 PYWINO_INLINE vec load_lanes(const T* p, int lanes) {

@@ -21,8 +21,6 @@ namespace pywino::masked_conv {
 namespace {
 
 constexpr int64_t kSlice = int64_t(1) << 20;  // bytes of an NCHW output that are cleared at a time
-// A channels_last output of more gets its zeros past the caches: the next layer would find them evicted anyway.
-constexpr int64_t kStreamBytes = int64_t(4) << 20;
 constexpr int kRowsPerTask = 256;  // pixels whose channels are gathered at a time (NCHW)
 
 template <typename T>

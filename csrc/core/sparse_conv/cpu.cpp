@@ -187,7 +187,6 @@ constexpr int64_t kScratchPerThread = int64_t(4) << 20;
 constexpr int64_t kPlanesBytes = int64_t(512)
                                  << 10;  // of a tile's input: half of a second-level cache
 constexpr int64_t kMostColumns = 112, kMostRows = 8;
-constexpr int64_t kStreamBytes = int64_t(4) << 20;  // an output of more is written past the caches
 
 // A 1 x 1 convolution of stride 1 does not know rows: all pixels of an image are one.
 Geometry flattened(Geometry g) {

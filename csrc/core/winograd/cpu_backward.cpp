@@ -45,13 +45,13 @@ struct TouchedRows {
 };
 
 // --- weight gradient ------------------------------------------------------------------------------------------------------
-// sum[r][n] += sum over tiles V[tile][r] D[tile][n]
+// sum[r][n] += sum over tiles V[tile][r] D[tile][n]. A chunk has a sum of its own: one long sum would lose digits with its length.
 template <int MR, int NR>
 void accumulate(int tiles, const float* __restrict v, int64_t ldv, const float* __restrict d,
                 int64_t ldd, bool first, float* __restrict sum, const Ahead& ahead) {
   vec s[MR][NR];
   PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n) s[r][n] =
-      first ? zero() : load(sum + (r * NR + n) * kLanes);
+      zero();
   const auto add = [&](int count) __attribute__((always_inline)) {
     for (int t = 0; t < count; ++t, v += ldv, d += ldd) {
       vec dn[NR];
@@ -71,7 +71,8 @@ void accumulate(int tiles, const float* __restrict v, int64_t ldv, const float* 
     }
   }
   PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
-      store(sum + (r * NR + n) * kLanes, s[r][n]);
+      store(sum + (r * NR + n) * kLanes,
+            first ? s[r][n] : load(sum + (r * NR + n) * kLanes) + s[r][n]);
 }
 
 using Accumulate = void (*)(int, const float*, int64_t, const float*, int64_t, bool, float*,

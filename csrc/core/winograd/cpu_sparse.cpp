@@ -184,9 +184,11 @@ struct Lists {
     return ceil_div(filter.lists, kListsPerCall) * Groups(ceil_div(tiles, kLanes), kSlab).count;
   }
 
-  // Patches of L tiles and L channels, lanes = channels: [xi][tile][L]; or their outputs.
+  // Patches of L tiles and L channels, lanes = channels: [xi][tile][L]; or their outputs. Positions do not lie a power of two
+  // apart: a tile writes one line to each, and these would evict one another.
+  static constexpr int64_t kPitch = (kLanes + 1) * kLanes;
   template <int M>
-  static constexpr int64_t kStage = Transform<M>::A * Transform<M>::A * kLanes * kLanes;
+  static constexpr int64_t kStage = Transform<M>::A * Transform<M>::A * kPitch;
 
   template <int M, typename T>
   static void input(const Job<T>& job, int64_t first, int tiles, int t0, int t1, int64_t block0,
@@ -201,7 +203,6 @@ struct Lists {
                                  int tiles, int t0, int t1, int64_t block0, int64_t block1,
                                  bool relu_after, float* v, int64_t stride, float* stage) {
     constexpr int A2 = Patch::kOut * Patch::kOut;
-    constexpr int64_t pitch = kLanes * kLanes;
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
     const int64_t C = source.channels;
     for (int t = t0; t < t1; t += kLanes) {
@@ -213,12 +214,12 @@ struct Lists {
             source, grid, first, t, t + count, b, b + 1,
             [&](int tile, int64_t)
                 __attribute__((always_inline)) { return int64_t(tile - t) * kLanes; },
-            relu_after, stage, pitch);
+            relu_after, stage, kPitch);
         const int channels = int(min<int64_t>(kLanes, C - b * kLanes));
         for (int xi = 0; xi < A2; ++xi) {
           vec r[kLanes];
           PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) r[i] =
-              i < count ? load(stage + xi * pitch + i * kLanes) : zero();
+              i < count ? load(stage + xi * kPitch + i * kLanes) : zero();
           transpose(r);
           float* row = to + xi * stride + b * kLanes * width;
           if (channels == kLanes)
@@ -264,7 +265,6 @@ struct Lists {
   static void output(const Job<T>& job, int64_t first, int tiles, int t0, int t1,
                      const Panel& panel, int64_t u0, int64_t u1, int64_t stride, const float* m,
                      float* stage) {
-    constexpr int64_t pitch = kLanes * kLanes;  // of the stage: an output of L tiles and L channels
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
     const int64_t K = job.geometry.out_channels, rows = panel.size() * kLanes;
     for (int64_t u = u0; u < u1; ++u)
@@ -277,11 +277,11 @@ struct Lists {
           transform_product<M>(from + c * width, stride, M,
                                [&](int i, vec* y) __attribute__((always_inline)) {
                                  PYWINO_UNROLL for (int j = 0; j < M; ++j)
-                                     store(stage + (i * M + j) * pitch + c * kLanes, y[j]);
+                                     store(stage + (i * M + j) * kPitch + c * kLanes, y[j]);
                                });
         for (int o = 0; o < M * M; ++o) {
           vec r[kLanes];
-          float* p = stage + o * pitch;
+          float* p = stage + o * kPitch;
           PYWINO_UNROLL for (int c = 0; c < kLanes; ++c) r[c] =
               c < channels ? load(p + c * kLanes) : zero();
           transpose(r);
@@ -293,7 +293,7 @@ struct Lists {
                                PYWINO_ROLLED for (int i = 0; i < rows; ++i) {
                                  vec y[M];
                                  PYWINO_UNROLL for (int j = 0; j < M; ++j) y[j] =
-                                     load(stage + (i * M + j) * pitch + tile * kLanes);
+                                     load(stage + (i * M + j) * kPitch + tile * kLanes);
                                  store_row(i, y);
                                }
                              });

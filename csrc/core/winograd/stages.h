@@ -13,8 +13,6 @@
 namespace pywino::winograd {
 namespace {
 
-// An output of more is written past the caches.
-constexpr int64_t kStreamBytes = int64_t(4) << 20;
 // The second-level cache: 1 to 2 MB beside AVX-512, else often 512 KB.
 constexpr bool kSmallCache = kLanes < 16;
 constexpr int64_t kCacheBytes = int64_t(kSmallCache ? 512 : 1280) << 10;
@@ -24,8 +22,7 @@ constexpr int kMostPanels = 2;
 
 int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
 
-// Whether an fp32 output is written past the caches: where the next layer would find its lines evicted anyway. Each is written
-// whole, if pixels (or rows of a plane) start aligned and the vectors of a line follow one another, as those of a pixel do.
+// Whether an fp32 output is written past the caches. Each line is written whole, if pixels (or rows of a plane) start aligned and the vectors of a line follow one another, as those of a pixel do.
 bool streams(const Geometry& g, int64_t channels, const void* output) {
   const int64_t pixels = g.out_h() * g.out_w(), row = g.channels_last ? channels : pixels,
                 line = kVectorsOfLine * kLanes;
