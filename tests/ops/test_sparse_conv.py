@@ -518,9 +518,11 @@ def test_measuring_takes_the_quicker(monkeypatch):
     def times(sparsity, pattern):
         return sparse_conv._times(input, pruned(weight, pattern, sparsity), *where, pattern)
 
-    quick, slow = times(0.99, "blocks"), times(0, "unstructured")
-    assert quick["blocks"] < quick["aten"]
-    assert slow["unstructured"] > slow["aten"]
+    def ever(sparsity, pattern, holds):  # another process may disturb one measurement
+        return any(holds(times(sparsity, pattern)) for _ in range(5))
+
+    assert ever(0.99, "blocks", lambda ms: ms["blocks"] < ms["aten"])
+    assert ever(0, "unstructured", lambda ms: ms["unstructured"] > ms["aten"])
     monkeypatch.setattr(sparse_conv, "_PYTHON", 10)  # what is saved must pay for the Python
     assert times(0.99, "blocks")["blocks"] > 10
 
