@@ -21,7 +21,7 @@ namespace pywino::masked_conv {
 namespace {
 
 constexpr int64_t kSlice = int64_t(1) << 20;  // bytes of an NCHW output that are cleared at a time
-constexpr int kRowsPerTask = 256;  // pixels whose channels are gathered at a time (NCHW)
+constexpr int kRowsPerTask = 256;             // pixels whose channels are gathered at a time (NCHW)
 
 template <typename T>
 struct Run {

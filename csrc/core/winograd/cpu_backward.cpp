@@ -70,9 +70,8 @@ void accumulate(int tiles, const float* __restrict v, int64_t ldv, const float* 
       add(min(16, tiles - done));
     }
   }
-  PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
-      store(sum + (r * NR + n) * kLanes,
-            first ? s[r][n] : load(sum + (r * NR + n) * kLanes) + s[r][n]);
+  PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n) store(
+      sum + (r * NR + n) * kLanes, first ? s[r][n] : load(sum + (r * NR + n) * kLanes) + s[r][n]);
 }
 
 using Accumulate = void (*)(int, const float*, int64_t, const float*, int64_t, bool, float*,
