@@ -443,7 +443,8 @@ def test_backward_weight(compare, native, layer):
             1,
             [False, True, False],
         )[1],
-        limit=LIMITS,
+        # Sums of chunks are added up: 100,000 tiles of 2 x 2, the most here, leave a trace in F2.
+        limit={**LIMITS, "f2": 1e-6},
         note="Several algorithms are tried on each row and the fastest is measured.",
     )
 
