@@ -391,7 +391,7 @@ def test_error_gates(isa, tile, gate, channels, relu_input):
 @pytest.mark.native
 @pytest.mark.parametrize("relu_input", [False, True])
 @pytest.mark.parametrize(("tile", "gate"), [(2, 7e-7), (4, 2.5e-6), (6, 7e-6)])
-def test_error_of_the_weight_gradient_does_not_grow_with_tiles(isa, tile, gate, relu_input):
+def test_error_of_the_weight_gradient_hardly_grows_with_tiles(isa, tile, gate, relu_input):
     """Thousands of tiles: one long sum misses each of these gates by a factor of two and more."""
     input, grad = tensors((1, 16, 384, 384), (1, 16, 384, 384), channels_last=True)
     input = input.relu() if relu_input else input

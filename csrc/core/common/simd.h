@@ -92,8 +92,8 @@ PYWINO_INLINE vec relu(vec v) {
 // Past the caches: for outputs that are larger than what the caches keep. `p` is aligned to the vector. Whole lines of 64 bytes
 // only, one vector after the other: a half that leaves the core by itself is merged with its line in memory.
 constexpr int kVectorsOfLine = kLanes == 8 ? 2 : 1;
-// An output of more is written past the caches: little of it would still be in the second-level cache when the next layer reads it, and
-// lines that are written whole need not be read before.
+// An output of more is written past the caches: little of it would still be in the second-level cache when the next layer reads
+// it, and lines that are written whole need not be read before.
 constexpr int64_t kStreamBytes = int64_t(1) << 20;
 PYWINO_INLINE void stream(float* p, vec v) {
 #if defined(__AVX512F__)

@@ -22,7 +22,8 @@ constexpr int kMostPanels = 2;
 
 int64_t channel_blocks(int64_t c) { return ceil_div<int64_t>(c, kLanes); }
 
-// Whether an fp32 output is written past the caches. Each line is written whole, if pixels (or rows of a plane) start aligned and the vectors of a line follow one another, as those of a pixel do.
+// Whether an fp32 output is written past the caches. Each line is written whole, if pixels (or rows of a plane) start aligned and
+// the vectors of a line follow one another, as those of a pixel do.
 bool streams(const Geometry& g, int64_t channels, const void* output) {
   const int64_t pixels = g.out_h() * g.out_w(), row = g.channels_last ? channels : pixels,
                 line = kVectorsOfLine * kLanes;
