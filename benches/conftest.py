@@ -473,23 +473,19 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def _keep(item, benchmark, row: dict) -> None:
     benchmark.extra_info.update(row)
-    _table_of(item)[_row_name(item)] = row
+    _put(item, {_row_name(item): row})
 
 
-def _table_of(item) -> dict[str, dict]:
-    """The rows of a table of this run."""
-    title = " ".join((item.function.__doc__ or "").split())
-    return _rows.setdefault(_table(item), {"title": title, "rows": {}})["rows"]
-
-
-def pytest_sessionfinish(session):
-    if _CHILD or not _rows:
+def _put(item, rows: dict[str, dict]) -> None:
+    """Rows of a table, into this run's and into its file: a run that is ended keeps what it has."""
+    name, title = _table(item), " ".join((item.function.__doc__ or "").split())
+    _rows.setdefault(name, {"title": title, "rows": {}})["rows"].update(rows)
+    if _CHILD:
         return
     slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
     default = Path(__file__).parent / "results" / slug
-    folder = Path(session.config.getoption("--bench-results") or default)
-    for name, new in _rows.items():
-        tables.update(folder, name, new["title"], _machine(), new["rows"])
+    folder = Path(item.config.getoption("--bench-results") or default)
+    tables.update(folder, name, title, _machine(), rows)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -514,8 +510,8 @@ def report(benchmark, request):
 
     def run(rows, note=""):
         common = {"note": note, "environment": _environment()}
-        for name, cells in benchmark.pedantic(rows).items():
-            _table_of(request.node)[name] = {"cells": cells, **common}
+        cells = benchmark.pedantic(rows)
+        _put(request.node, {name: {"cells": cells[name], **common} for name in cells})
 
     return run
 

@@ -313,13 +313,16 @@ def test_partly(compare, index):
 @pytest.mark.full_only
 def test_long(compare):
     compare(sleep(1), {"p": sleep(1)})
+
+@pytest.mark.benchmark(group="plain")
+@pytest.mark.full_only
+def test_that_kills(compare):
+    os.kill(os.getpid(), 9)
 '''
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A run of the tiny bench: (its output, folder of results, saved JSON of pytest-benchmark)."""
-    folder = tmp_path_factory.mktemp("benches")
+def run_tiny(folder, *more):
+    """Runs the tiny bench in a folder: its output, and how it ended."""
     for name in ("conftest.py", "tables.py", "runs.py"):
         shutil.copy(BENCHES / name, folder)
     (folder / "bench_tiny.py").write_text(TINY)
@@ -341,18 +344,23 @@ def tiny(tmp_path_factory):
         "--bench-threads=1",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", ".", *options],
+        [sys.executable, "-m", "pytest", ".", *options, *more],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
     )
-    saved = (
-        json.loads((folder / "saved.json").read_text())
-        if (folder / "saved.json").exists()
-        else None
-    )
-    return done.stdout + done.stderr, folder / "results", saved
+    return done.stdout + done.stderr, done.returncode
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A run of the tiny bench: (its output, folder of results, saved JSON of pytest-benchmark)."""
+    folder = tmp_path_factory.mktemp("benches")
+    output, _ = run_tiny(folder)
+    saved = folder / "saved.json"
+    saved = json.loads(saved.read_text()) if saved.exists() else None
+    return output, folder / "results", saved
 
 
 def rows(tiny, table):
@@ -398,6 +406,14 @@ def test_compare_hands_ours_to_pytest_benchmark(tiny):
     assert plain["stats"]["median"] == pytest.approx(2e-3, rel=1e-3)
     assert plain["stats"]["rounds"] == 60  # 1 s of 15 ms a round, and no more than 60
     assert tiny[2]["machine_info"]["pywino"]["threads"] == 1
+
+
+def test_a_run_that_is_killed_keeps_the_rows_before(tmp_path):
+    _, status = run_tiny(tmp_path, "--bench-full", "-k", "plain or kills")
+    assert status == -9
+    rows = json.loads((tmp_path / "results" / "plain.json").read_text())["rows"]
+    assert list(rows) == ["plain"]
+    assert rows["plain"]["ratio"] == pytest.approx(2, rel=1e-3)
 
 
 def test_a_place_may_name_its_processor(tmp_path, monkeypatch):
