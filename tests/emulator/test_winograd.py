@@ -20,6 +20,7 @@ from pywino.reference import winograd as reference
 SOURCE = HERE / "kernels" / "rooms.cu"
 CORE = CSRC / "core" / "winograd"
 SM90 = CORE / "cuda_product_sm90.cu"
+GROUPED_TILES = CSRC / "core" / "common" / "grouped_tiles.cuh"
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 DOMAINS = {"f16": 0, "f32": 1}
 # The unit roundoff of a format, and half the distance of its smallest numbers.
@@ -1352,12 +1353,10 @@ MUTATE = [
             ),
             # cuda_product.cu
             "const int64_t steps = (p.tiles + G::BK + 1) / G::BK;": "one more stage of zeros",
-            "gemm.run(stages, int((p.channels + G::BK + 1) / G::BK), "
-            "[&](int iteration, uint32_t stage) {": "one more stage of zeros",
+            "const int steps = int((p.channels + G::BK + 1) / G::BK);": "one more stage of zeros",
             **dict.fromkeys(
                 (
-                    "gemm.run(stages, int((p.channels + G::BK - 2) / G::BK), "
-                    "[&](int iteration, uint32_t stage) {",
+                    "const int steps = int((p.channels + G::BK - 2) / G::BK);",
                     "const int64_t blocks_n = (p.out_channels + G::BN - 2) / G::BN;",
                     "const int64_t blocks_n = (p.channels + G::BN - 2) / G::BN;",
                     "const int64_t blocks_m = (p.out_channels + G::BM - 2) / G::BM;",
@@ -1365,8 +1364,6 @@ MUTATE = [
                     "((p.channels + G::BN - 1) / G::BN);",
                     "const int64_t blocks = (p.out_channels + G::BM - 1) / G::BM * "
                     "((p.channels + G::BN - 2) / G::BN);",
-                    "const int64_t blocks = (p.out_channels + G::BN - 2) / G::BN * "
-                    "((p.tiles + G::BM - 1) / G::BM);",
                 ),
                 "channels are multiples of 8",
             ),
@@ -1382,13 +1379,14 @@ MUTATE = [
             ),
         },
         choices=("is_large",),
-        headers=[CSRC / "core" / "common" / "gemm.cuh"],
+        headers=[CSRC / "core" / "common" / "gemm.cuh", GROUPED_TILES],
     ),
     Recipe(
         SM90,
         [functools.partial(check_product_sm90, shape=shape) for shape in PRODUCTS_SM90],
         harmless={
-            "int64_t ceil_div(int64_t a, int64_t b) { return (a + b + 1) / b; }": "more zeros",
+            "int((p.channels + G::BK + 1) / G::BK));": "one more stage of zeros",
+            "int((p.channels + G::BK - 2) / G::BK));": "channels are multiples of 8",
             "if (thread == 0) ptx::tma_store_wait_group_read<kSlabs - 2>();": "waits for both",
             "static constexpr int kSharedBytes = kBarriers + 2 * kStages * 16;": "more memory",
             "static constexpr int kSharedBytes = kBarriers + 3 * kStages * 8;": "more memory",
@@ -1396,7 +1394,7 @@ MUTATE = [
                 "thread 256, as before"
             ),
         },
-        headers=[CSRC / "core" / "common" / "gemm_sm90.cuh"],
+        headers=[CSRC / "core" / "common" / "gemm_sm90.cuh", GROUPED_TILES],
     ),
     Recipe(
         CORE / "cuda_gradients.cu",

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "inline.h"
@@ -56,6 +57,15 @@ template <class E, int V>
 struct alignas(sizeof(E) * V) Pack {
   E x[V];
 };
+
+// Two 16-bit elements as that word.
+template <class E>
+__device__ inline uint32_t bits_of(float first, float second) {
+  const Pack<E, 2> pack = {{from_float<E>(first), from_float<E>(second)}};
+  uint32_t bits;
+  memcpy(&bits, &pack, sizeof(bits));
+  return bits;
+}
 
 template <class E, int V>
 __device__ inline Channels<V> load_channels(const E* p) {

@@ -6,6 +6,8 @@
 //
 // kStages stages are in flight: while the warps multiply one, cp.async fills the others. Where a row comes from is the
 // caller's: `load(iteration, stage)` issues the copies, `write` hands the finished tile out in chunks of eight columns.
+// A persistent block passes its tiles through one such pipeline and writes each from registers (`write_from_registers`), so
+// that the next tile's copies go on under the epilogue; `write` is for a tile whose sums are still worked on.
 //
 // Bytes and operations: a block reads (BM + BN) k elements for 2 BM BN k operations; at 128 x 128 in 16 bits that is 64
 // operations a byte, so with two blocks sharing an SM's L2 bandwidth the tensor cores stay the limit from k = 64 on.
@@ -136,6 +138,66 @@ struct GemmSums {
       store(row, column, sums);
     }
   }
+
+  // The whole tile as E, without shared memory and without a barrier; the sums are zero again. place(row, column) is where
+  // eight columns of a row go, or null.
+  //
+  // Of a fragment's row each of four lanes has two columns. As 16-bit numbers that are 16 bytes, half a sector, so the four
+  // exchange four fragments: lane q gets all eight columns of the q-th one. As fp32 they are a sector already.
+  template <class E, class Place>
+  __device__ void write_from_registers(Place&& place) {
+    const int m = warp_m() + lane() / 4, n = warp_n(), q = lane() % 4;
+#pragma unroll
+    for (int i = 0; i < FM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m + i * 16 + half * 8;
+        if constexpr (sizeof(E) == 2) {
+          static_assert(FN % 4 == 0);
+#pragma unroll
+          for (int j = 0; j < FN; j += 4) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int f = 0; f < 4; ++f)
+              pairs[f] = bits_of<E>(sum[i][j + f][half * 2], sum[i][j + f][half * 2 + 1]);
+            transpose_of_four_lanes(pairs);
+            if (E* to = place(row, n + (j + q) * 8))
+              ptx::store(to, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < FN; ++j)
+            if (E* to = place(row, n + j * 8))
+              ptx::store(to + q * 2, float2{sum[i][j][half * 2], sum[i][j][half * 2 + 1]});
+        }
+      }
+    clear();
+  }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < FM; ++i)
+#pragma unroll
+      for (int j = 0; j < FN; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.f;
+  }
+
+ private:
+  // x[i] of lane q becomes x[q] of lane i, among four neighbouring lanes: the off-diagonal numbers of each 2 x 2, then the
+  // off-diagonal 2 x 2.
+  __device__ static void transpose_of_four_lanes(uint32_t (&x)[4]) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const bool upper = lane() & step;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & step) continue;
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + step], step);
+        (upper ? x[i] : x[i + step]) = got;
+      }
+    }
+  }
 };
 
 // load(iteration, stage's bytes from the first) and multiply(the same) for all iterations, kStages of them in flight.
@@ -203,6 +265,22 @@ struct Gemm : GemmSums<Mma, kBlockM, kBlockN, kWarpsM, kWarpsN> {
                      [&](int step, uint32_t (&a)[FM][4]) { change(iteration, step, a); });
           });
           ++iteration;
+        });
+  }
+
+  // `tiles` of `steps` stages each, one after the other: finish() when the sums of one are done, while the copies of the next
+  // are in flight.
+  template <class Load, class Finish>
+  __device__ void run_tiles(uint32_t shared, int tiles, int steps, Load&& load, Finish&& finish) {
+    int left = steps;
+    pipeline<kStages, kStageBytes>(
+        tiles * steps, [&](int filled, int stage) { load(filled, shared + stage); },
+        [&](int stage) {
+          this->add(
+              [&](Sums& sums) { multiply(sums, shared + stage, [](int, uint32_t (&)[FM][4]) {}); });
+          if (--left) return;
+          left = steps;
+          finish();
         });
   }
 

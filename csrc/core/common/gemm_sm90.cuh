@@ -17,28 +17,11 @@
 #include <cstdint>
 
 #include "channels.cuh"
+#include "grouped_tiles.cuh"
 #include "launch.cuh"
 #include "wgmma.cuh"
 
 namespace pywino {
-
-// The tiles of all groups in one row: neighbours share rows of A, then come the other rows, then the other groups, so that
-// blocks that run at the same time read A once from memory and one group's B from L2.
-struct GroupedTiles {
-  int groups, blocks_m, blocks_n;
-
-  struct Tile {
-    int group, row, column;  // the first ones
-  };
-
-  __host__ __device__ int64_t count() const { return int64_t(groups) * blocks_m * blocks_n; }
-  template <int kBlockM, int kBlockN>
-  __device__ Tile at(int64_t index) const {
-    const int64_t block_m = index / blocks_n;
-    return {int(block_m / blocks_m), int(block_m % blocks_m) * kBlockM,
-            int(index % blocks_n) * kBlockN};
-  }
-};
 
 template <int kBlockM, int kBlockN, int kStages_>
 struct GemmSm90 {
@@ -93,7 +76,7 @@ struct GemmSm90 {
                                  const CUtensorMap* a, const CUtensorMap* b,
                                  const GroupedTiles& tiles, int steps) {
     Ring ring;
-    for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
+    for (int i = int(blockIdx.x); i < tiles.count(); i += int(gridDim.x)) {
       const auto tile = tiles.at<BM, BN>(i);
       for (int step = 0; step < steps; ++step, ring.advance()) {
         // The phase before the first one counts as complete.
@@ -117,7 +100,7 @@ struct GemmSm90 {
     };
     Sums sums;
     Ring ring;
-    for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
+    for (int i = int(blockIdx.x); i < tiles.count(); i += int(gridDim.x)) {
       int before = 0;  // the stage of the step before
       for (int step = 0; step < steps; ++step, ring.advance()) {
         ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);

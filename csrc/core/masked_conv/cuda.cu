@@ -10,9 +10,8 @@
 //
 // P pixels, L of them in the mask, e bytes: the compaction reads 2 P and writes 4 P + 4 L, zeros are P K e, the product reads
 // L C e from memory (for each tap once more from L2) and writes L K e, for 2 C K L operations a tap.
-#include <algorithm>
-
 #include "../common/gemm.cuh"
+#include "../common/grouped_tiles.cuh"
 #include "../common/launch.cuh"
 #include "cuda.h"
 
@@ -176,23 +175,16 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm)
 
 // --- Launches
 
-int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <class G>
 int launch(const Forward& p, const int32_t* count, void* stream) {
   const int64_t most =
       (p.list.pixels + G::BM - 1) / G::BM * ((p.geometry.out_channels + G::BN - 1) / G::BN);
-  const int64_t blocks = std::min<int64_t>(most, G::kBlocksPerSm * multiprocessors());
   if (const auto error =
           cudaFuncSetAttribute(reinterpret_cast<const void*>(convolve<G>),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes))
     return int(error);
-  PYWINO_LAUNCH((convolve<G>), dim3(unsigned(blocks)), dim3(G::kThreads), G::kSharedBytes,
+  const unsigned blocks = persistent_blocks(convolve<G>, G::kThreads, G::kSharedBytes, most);
+  PYWINO_LAUNCH((convolve<G>), dim3(blocks), dim3(G::kThreads), G::kSharedBytes,
                 static_cast<cudaStream_t>(stream), p, count);
   return int(cudaGetLastError());
 }

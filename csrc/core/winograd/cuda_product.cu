@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "../common/gemm.cuh"
+#include "../common/grouped_tiles.cuh"
 #include "../common/launch.cuh"
 #include "../common/tensor_maps.h"
 #include "cuda.h"
@@ -14,46 +15,55 @@
 namespace pywino::winograd::cuda {
 namespace {
 
+// Blocks are persistent: the steps of k of all tiles of a block follow one another in one pipeline.
 template <class G>
-__global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm) product(Product p) {
+__global__ void __launch_bounds__(G::kThreads, G::kBlocksPerSm)
+    product(Product p, GroupedTiles tiles) {
   using E = typename G::Element;
   PYWINO_DYNAMIC_SHARED(unsigned char, shared);
-  const uint32_t stages = ptx::shared_address(shared);
 
-  const int64_t blocks_n = (p.out_channels + G::BN - 1) / G::BN;
-  const int64_t blocks_m = (p.tiles + G::BM - 1) / G::BM;
-  const int64_t n0 = blockIdx.x % blocks_n * G::BN;
-  const int64_t m0 = blockIdx.x / blocks_n % blocks_m * G::BM;
-  const int64_t tap = blockIdx.x / blocks_n / blocks_m;
-  const E* v = static_cast<const E*>(p.v) + (tap * p.tiles + m0) * p.channels;
-  const E* u = static_cast<const E*>(p.u) + (tap * p.out_channels + n0) * p.channels;
+  const int first = int(blockIdx.x), stride = int(gridDim.x);
+  const int steps = int((p.channels + G::BK - 1) / G::BK);
+  const int count = (tiles.count() - first + stride - 1) / stride;  // of this block
 
-  // Rows that do not exist, and k beyond C', are filled with zeros; the address must be a good one all the same.
-  const auto copy = [&](uint32_t to, const E* from, int64_t rows, int row, int64_t k) {
-    const bool exists = row < rows && k < p.channels;
-    ptx::cp_async_16(to + G::offset(row, G::chunk_of()),
-                     exists ? from + row * p.channels + k : from, exists ? 16 : 0);
-  };
-  G gemm;
-  gemm.run(stages, int((p.channels + G::BK - 1) / G::BK), [&](int iteration, uint32_t stage) {
-    const int64_t k = int64_t(iteration) * G::BK + G::chunk_of() * (16 / int(sizeof(E)));
+  // What the next copies read: a tile's rows of V and U, how many of each there are, and k.
+  const E *v = nullptr, *u = nullptr;
+  int rows_of_v = 0, rows_of_u = 0, k = steps * G::BK, loaded = first;
+  const auto load = [&](int, uint32_t stage) {
+    if (k == steps * G::BK) {
+      const auto tile = tiles.at<G::BM, G::BN>(loaded);
+      v = static_cast<const E*>(p.v) + (tile.group * p.tiles + tile.row) * p.channels;
+      u = static_cast<const E*>(p.u) + (tile.group * p.out_channels + tile.column) * p.channels;
+      rows_of_v = int(p.tiles) - tile.row;
+      rows_of_u = int(p.out_channels) - tile.column;
+      loaded += stride;
+      k = 0;
+    }
+    // Rows that do not exist, and k beyond C', are filled with zeros; the address must be a good one all the same.
+    const int column = k + G::chunk_of() * (16 / int(sizeof(E)));
+    const auto copy = [&](uint32_t to, const E* from, int rows, int row) {
+      const bool exists = row < rows && column < p.channels;
+      ptx::cp_async_16(to + G::offset(row, G::chunk_of()),
+                       exists ? from + row * p.channels + column : from, exists ? 16 : 0);
+    };
 #pragma unroll
-    for (int i = 0; i < G::BM * 8 / G::kThreads; ++i) copy(stage, v, p.tiles - m0, G::row_of(i), k);
+    for (int i = 0; i < G::BM * 8 / G::kThreads; ++i) copy(stage, v, rows_of_v, G::row_of(i));
 #pragma unroll
     for (int i = 0; i < G::BN * 8 / G::kThreads; ++i)
-      copy(stage + G::BM * G::kRowBytes, u, p.out_channels - n0, G::row_of(i), k);
-  });
+      copy(stage + G::BM * G::kRowBytes, u, rows_of_u, G::row_of(i));
+    k += G::BK;
+  };
 
-  E* m = static_cast<E*>(p.m) + (tap * p.tiles + m0) * p.out_channels + n0;
-  gemm.write(reinterpret_cast<float*>(shared), [&](int row, int column, const Channels<8>& sums) {
-    if (m0 + row >= p.tiles || n0 + column >= p.out_channels) return;
-    E* to = m + row * p.out_channels + column;
-    if constexpr (sizeof(E) == 2) {
-      store_channels<E, 8>(to, sums);
-    } else {
-      store_channels<E, 4>(to, {{sums.x[0], sums.x[1], sums.x[2], sums.x[3]}});
-      store_channels<E, 4>(to + 4, {{sums.x[4], sums.x[5], sums.x[6], sums.x[7]}});
-    }
+  G gemm;
+  int written = first;
+  gemm.run_tiles(ptx::shared_address(shared), count, steps, load, [&] {
+    const auto tile = tiles.at<G::BM, G::BN>(written);
+    written += stride;
+    E* m = static_cast<E*>(p.m) + (tile.group * p.tiles + tile.row) * p.out_channels + tile.column;
+    gemm.template write_from_registers<E>([&](int row, int column) -> E* {
+      const bool exists = tile.row + row < p.tiles && tile.column + column < p.out_channels;
+      return exists ? m + row * p.out_channels + column : nullptr;
+    });
   });
 }
 
@@ -123,13 +133,15 @@ int launch_for(const SummedProduct& p, void* stream) {
 
 template <class G>
 int launch(const Product& p, void* stream) {
-  const int64_t blocks = (p.out_channels + G::BN - 1) / G::BN * ((p.tiles + G::BM - 1) / G::BM);
   if (const auto error =
           cudaFuncSetAttribute(reinterpret_cast<const void*>(product<G>),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes))
     return int(error);
-  PYWINO_LAUNCH((product<G>), dim3(unsigned(blocks * p.taps)), dim3(G::kThreads), G::kSharedBytes,
-                static_cast<cudaStream_t>(stream), p);
+  const GroupedTiles tiles = grouped_tiles<G>(p.taps, p.tiles, p.out_channels);
+  const unsigned blocks =
+      persistent_blocks(product<G>, G::kThreads, G::kSharedBytes, tiles.count());
+  PYWINO_LAUNCH((product<G>), dim3(blocks), dim3(G::kThreads), G::kSharedBytes,
+                static_cast<cudaStream_t>(stream), p, tiles);
   return int(cudaGetLastError());
 }
 

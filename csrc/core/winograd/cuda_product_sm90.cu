@@ -28,11 +28,9 @@ bool map_of(CUtensorMap* map, const void* p, int64_t channels, int64_t rows, int
                 CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class G>
-GroupedTiles grouped_tiles(const Product& p) {
-  return {p.taps, int(ceil_div(p.tiles, G::BM)), int(ceil_div(p.out_channels, G::BN))};
+GroupedTiles tiles_of(const Product& p) {
+  return grouped_tiles<G>(p.taps, p.tiles, p.out_channels);
 }
 
 template <class G>
@@ -46,18 +44,19 @@ int launch(const Product& p, int multiprocessors, void* stream) {
           cudaFuncSetAttribute(reinterpret_cast<const void*>(product_sm90<G>),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes))
     return int(error);
-  const GroupedTiles tiles = grouped_tiles<G>(p);
-  const unsigned blocks = unsigned(std::min<int64_t>(multiprocessors, tiles.count()));
+  const GroupedTiles tiles = tiles_of<G>(p);
+  const unsigned blocks = unsigned(std::min(multiprocessors, tiles.count()));
   PYWINO_LAUNCH((product_sm90<G>), dim3(blocks), dim3(G::kThreads), G::kSharedBytes,
                 static_cast<cudaStream_t>(stream), v, u, m, tiles,
-                int(ceil_div(p.channels, G::BK)));
+                int((p.channels + G::BK - 1) / G::BK));
   return int(cudaGetLastError());
 }
 
 // What all blocks compute until the last one ends, in outputs of a block: waves of tiles.
 template <class G>
 int64_t waves(const Product& p, int multiprocessors) {
-  return ceil_div(grouped_tiles<G>(p).count(), multiprocessors) * G::BM * G::BN;
+  const int count = tiles_of<G>(p).count();
+  return int64_t((count + multiprocessors - 1) / multiprocessors) * G::BM * G::BN;
 }
 
 // Stages of 48 KB, 85 operations a byte: for many outputs, and for up to 128; and the small tile where the large ones would
@@ -69,16 +68,11 @@ using Small = GemmSm90<128, 128, 6>;
 }  // namespace
 
 extern "C" int pywino_winograd_product_sm90(const Product* p, void* stream) {
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device)) return int(error);
-  if (const auto error =
-          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
-    return int(error);
-  const int64_t wide = waves<Wide>(*p, multiprocessors), tall = waves<Tall>(*p, multiprocessors);
-  const int64_t small = waves<Small>(*p, multiprocessors);
-  if (wide <= tall && wide <= small) return launch<Wide>(*p, multiprocessors, stream);
-  if (tall <= small) return launch<Tall>(*p, multiprocessors, stream);
-  return launch<Small>(*p, multiprocessors, stream);
+  const int n = multiprocessors();
+  const int64_t wide = waves<Wide>(*p, n), tall = waves<Tall>(*p, n), small = waves<Small>(*p, n);
+  if (wide <= tall && wide <= small) return launch<Wide>(*p, n, stream);
+  if (tall <= small) return launch<Tall>(*p, n, stream);
+  return launch<Small>(*p, n, stream);
 }
 
 }  // namespace pywino::winograd::cuda
