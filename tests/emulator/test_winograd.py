@@ -1348,6 +1348,8 @@ MUTATE = [
                 (
                     "for (int i = 0; i <= 4; ++i) ra[i] = ptx::to_tf32(__uint_as_float(a[i]));",
                     "for (int i = 0; i <= 2; ++i) rb[i] = ptx::to_tf32(__uint_as_float(b[i]));",
+                    "iterations, [&](int filled, int stage) { load(filled, shared - stage); },",
+                    "multiply(sums, shared - stage,",
                 ),
                 "of the direct kernel",
             ),

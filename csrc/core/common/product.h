@@ -16,11 +16,14 @@ constexpr int kRows1 = kRegisters == 32 ? 28 : 12;
 // Whether the product fetches its operands' next lines into the first-level cache. With 16 registers 8 loads stand against 12
 // multiplications, and more loads would slow it down: the processor's own prefetcher does it there.
 constexpr bool kFetchesNear = kRegisters == 32;
+// Whether its loop over the channels of a vector is unrolled: 12 multiplications of a step stand against 11 other instructions,
+// 3 of them for the loop.
+constexpr bool kUnrolled = kRegisters == 16;
 // Channels that are summed in registers before they are added to M: a float sum of n terms has an error of about sqrt(n) eps,
 // in blocks of 128 that of 128 terms (docs/winograd.md, error).
 constexpr int64_t kSumBlock = 128;
-// Memory that will be read later and is fetched into the second-level cache meanwhile: every four channels `rate` slots of
-// `lines` cache lines. Few at a time: a burst would fill the core's miss buffers, and the product would wait behind it.
+// Memory that will be read later and is fetched into the second-level cache meanwhile: every four channels, a quarter, `rate`
+// slots of `lines` cache lines. Few at a time: a burst would fill the core's miss buffers, and the product would wait behind it.
 struct Ahead {
   const char* next;
   int64_t pitch;  // bytes from slot to slot
@@ -28,10 +31,10 @@ struct Ahead {
 };
 constexpr Ahead kNothing = {nullptr, 0, 0, 0};
 
-PYWINO_INLINE void fetch(const Ahead& ahead, int64_t quarter) {
-  const char* p = ahead.next + quarter * ahead.rate * ahead.pitch;
-  for (int i = 0; i < ahead.rate; ++i, p += ahead.pitch)
-    for (int l = 0; l < ahead.lines; ++l) __builtin_prefetch(p + 64 * l, 0, 2);
+// The slots of the next `quarters`, from `next` on.
+PYWINO_INLINE void fetch(const Ahead& ahead, const char*& next, int quarters) {
+  for (int i = 0; i < ahead.rate * quarters; ++i, next += ahead.pitch)
+    for (int l = 0; l < ahead.lines; ++l) __builtin_prefetch(next + 64 * l, 0, 2);
 }
 
 // sum[r][n] += v[r][k] u[k][n], a rank-1 update; v and u as floats, or as pairs of bfloat16.
@@ -48,11 +51,21 @@ PYWINO_INLINE void rank_one(vec (&sum)[MR][NR], const float* v, const float* u) 
   }
 }
 
+// Between two unrolled steps: all sums are in registers here. GCC would mix the steps, and keep sums in memory.
+template <int MR, int NR>
+PYWINO_INLINE void in_registers(vec (&sum)[MR][NR]) {
+#if defined(__x86_64__)
+  PYWINO_UNROLL for (int r = 0; r < MR; ++r)
+      PYWINO_UNROLL for (int n = 0; n < NR; ++n) asm volatile("" : "+x"(sum[r][n]));
+#endif
+}
+
 // M[r][n] = sum_c V[r][c] U[c][n] for MR tiles and NR vectors of output channels; `depth` counts floats of V. While it computes,
 // it fetches V's next block of channels, or of tiles, where loads leave room for that. add: to M, else in its place.
 template <typename E, int MR, int NR>
 void multiply(int64_t depth, const float* __restrict v, const float* __restrict u,
               float* __restrict m, const Ahead& ahead, bool add) {
+  const char* next = ahead.next;
   for (int64_t done = 0; done < depth; done += kSumBlock) {
     vec sum[MR][NR];
     PYWINO_UNROLL for (int r = 0; r < MR; ++r) PYWINO_UNROLL for (int n = 0; n < NR; ++n)
@@ -61,12 +74,21 @@ void multiply(int64_t depth, const float* __restrict v, const float* __restrict 
     for (int64_t c = 0; c < block; c += kLanes, v += MR * kLanes) {
       const int most = int(min<int64_t>(kLanes, block - c));
       int k = 0;
-      for (; k + 4 <= most; k += 4) {
-        fetch(ahead, (done + c + k) / 4);
-        // Unrolled, GCC mixes the four and keeps some of the sums in memory.
-        PYWINO_ROLLED for (int i = 0; i < 4; ++i, u += NR * kLanes) {
-          if (kFetchesNear && NR > 1) prefetch(v + (MR + k + i) * kLanes);
-          rank_one<E>(sum, v + k + i, u);
+      if constexpr (kUnrolled) {
+        fetch(ahead, next, kLanes / 4);
+        for (; k + kLanes <= most; k += kLanes, u += kLanes * NR * kLanes)
+          PYWINO_UNROLL for (int i = 0; i < kLanes; ++i) {
+            rank_one<E>(sum, v + k + i, u + i * NR * kLanes);
+            in_registers(sum);
+          }
+      } else {
+        for (; k + 4 <= most; k += 4) {
+          fetch(ahead, next, 1);
+          // Unrolled, GCC mixes the four and keeps some of the sums in memory.
+          PYWINO_ROLLED for (int i = 0; i < 4; ++i, u += NR * kLanes) {
+            if (kFetchesNear && NR > 1) prefetch(v + (MR + k + i) * kLanes);
+            rank_one<E>(sum, v + k + i, u);
+          }
         }
       }
       for (; k < most; ++k, u += NR * kLanes) rank_one<E>(sum, v + k, u);

@@ -65,8 +65,9 @@ void accumulate(int tiles, const float* __restrict v, int64_t ldv, const float* 
   if constexpr (NR == 1) {
     add(tiles);  // loads are the limit: nothing is fetched
   } else {
+    const char* next = ahead.next;
     for (int done = 0; done < tiles; done += 16) {
-      for (int quarter = 0; quarter < 4; ++quarter) fetch(ahead, done / 4 + quarter);
+      fetch(ahead, next, 4);
       add(min(16, tiles - done));
     }
   }

@@ -104,7 +104,9 @@ struct Blocks {
       const int32_t* start = filter.starts() + xi * filter.units + u;
       float* out = m + pair * tiles * kPanel + (u - panel.begin) % 2 * kLanes;
       for (int g = 0; g < groups.count; ++g) {
-        fetch(ahead.next(), 0);
+        const Ahead slots = ahead.next();
+        const char* next = slots.next;
+        fetch(slots, next, 1);
         kMultiplyBlocks[groups.size(g) - 1](
             start[1] - start[0], filter.channels() + start[0], values + int64_t(start[0]) * kLanes,
             v + groups.start(g) * job.lines * kLanes, out + groups.start(g) * vectors * kLanes,
@@ -142,8 +144,9 @@ void multiply_lists(int64_t count, const int32_t* __restrict starts, const int32
                     const float* __restrict v, float* __restrict m, bool first,
                     const Ahead& ahead) {
   constexpr int Q = kSums;
+  const char* next = ahead.next;
   for (int64_t i = 0; i < count; ++i) {
-    fetch(ahead, i);
+    fetch(ahead, next, 1);
     int64_t e = starts[i];
     const int64_t end = starts[i + 1];
     vec sum[Q][NV];
