@@ -180,11 +180,14 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
   // A chunk is some register blocks of tiles. A filter that leaves room for V and M in the second-level cache stays there beside
   // two blocks, or one. A larger one each thread reads once per chunk, from afar: two blocks, whose V and M stay near; more where
   // they would not anyway (256 channels), and where a block has few registers. Fewer tiles than that, and reading the filter is
-  // what counts.
+  // what counts. Beside a small cache a block is 6 tiles: up to six, three eighths of it, since each position of a chunk costs
+  // instructions of its own.
   const bool large = filter_bytes > (int64_t(1) << 20) && !lstm, deep = g.input.c >= 256;
   const bool two =
       kSmallCache || lstm || filter_bytes + 2 * rows * (v_bytes + m_bytes(1)) <= kCacheBytes;
-  const int blocks = !large ? (two ? 2 : 1) : kSmallCache ? (deep ? 6 : 4) : (deep ? 4 : 2);
+  const int64_t fit = kCacheBytes * 3 / 8 / (rows * (v_bytes + m_bytes(1)));
+  const int few = kSmallCache && !lstm ? int(max<int64_t>(2, min<int64_t>(fit, 6))) : two ? 2 : 1;
+  const int blocks = !large ? few : kSmallCache ? (deep ? 6 : 4) : (deep ? 4 : 2);
   const auto chunk = [&](int panels) {
     const int64_t bytes = v_bytes + m_bytes(panels) + (lstm ? g.tile * g.tile * K * 4 : 0);
     return int(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(blocks) * rows));
