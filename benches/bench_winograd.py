@@ -171,7 +171,7 @@ def test_forward_peers(compare, native, layer):
 
 
 @pytest.mark.benchmark(group="forward_bf16")
-@pytest.mark.layers(full=LAYERS, default=QUICK)
+@pytest.mark.layers(full=LAYERS, default=_VGG_B1)
 @torch.inference_mode()
 def test_forward_bf16(compare, native, layer):
     """forward, bf16 in and out, channels_last, best algorithm, against F.conv2d in bf16 and no less
@@ -216,7 +216,7 @@ def test_forward_fast(compare, native, layer):
 
 
 @pytest.mark.benchmark(group="forward_avx2")
-@pytest.mark.layers(full=LAYERS, default=QUICK)
+@pytest.mark.layers(full=LAYERS, default=_VGG_B1)
 @pytest.mark.environment(ONEDNN_MAX_CPU_ISA="AVX2")
 @torch.inference_mode()
 def test_forward_avx2(compare, native, layer):

@@ -41,7 +41,7 @@ TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8
 _CHILD = os.environ.get("PYWINO_BENCH_CHILD")
 _RESTARTED = "PYWINO_BENCH_RESTARTED"
 
-_BUDGET_S = 1.0  # of measuring, a row
+_BUDGET_S = (0.8, 1.0)  # of measuring, a row; in a full run
 _ROUNDS = (5, 60)
 _CLEAN = 3  # so many undisturbed samples make a median
 
@@ -263,7 +263,8 @@ def compare(benchmark, request):
         contenders = {"ours": candidates[chosen], **peers}
         if calls > 1:
             contenders = {name: _repeat(function, calls) for name, function in contenders.items()}
-        samples = _interleave(benchmark, contenders, rounds)
+        budget = _BUDGET_S[request.config.getoption("--bench-full")]
+        samples = _interleave(benchmark, contenders, rounds, budget)
         if samples is None:  # --benchmark-disable: the errors were the test
             return
 
@@ -383,7 +384,7 @@ def _sample(function) -> tuple[float, bool]:
     return seconds, watch.clean
 
 
-def _interleave(benchmark, contenders, least) -> dict[str, list[tuple[float, bool]]] | None:
+def _interleave(benchmark, contenders, least, budget) -> dict[str, list[tuple[float, bool]]] | None:
     """One sample of each peer, then one of ours, taken by pytest-benchmark, and so on; name ->
     [(seconds, clean)]."""
     ours = contenders["ours"]
@@ -394,7 +395,7 @@ def _interleave(benchmark, contenders, least) -> dict[str, list[tuple[float, boo
     for function in contenders.values():
         function()
     once = sum(_sample(function)[0] for function in contenders.values())
-    rounds = max(least, min(_ROUNDS[1], int(_BUDGET_S / once)))
+    rounds = max(least, min(_ROUNDS[1], int(budget / once)))
 
     samples = {name: [] for name in peers}
     clean = []

@@ -21,6 +21,14 @@ SOURCE = HERE / "kernels" / "rooms.cu"
 CORE = CSRC / "core" / "winograd"
 SM90 = CORE / "cuda_product_sm90.cu"
 GROUPED_TILES = CSRC / "core" / "common" / "grouped_tiles.cuh"
+GROUPED_TILES_HARMLESS = {
+    "return {int(groups), int((rows + G::BM - 1) / G::BM), int((columns + G::BN - 2) / G::BN)};": (
+        "channels are multiples of 8"
+    ),
+    "return {int(groups), int((rows + G::BM - 1) / G::BM), int((columns + G::BN + 1) / G::BN)};": (
+        "a tile more, of columns that do not exist"
+    ),
+}
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 DOMAINS = {"f16": 0, "f32": 1}
 # The unit roundoff of a format, and half the distance of its smallest numbers.
@@ -1353,6 +1361,7 @@ MUTATE = [
                 ),
                 "of the direct kernel",
             ),
+            **GROUPED_TILES_HARMLESS,
             # cuda_product.cu
             "const int64_t steps = (p.tiles + G::BK + 1) / G::BK;": "one more stage of zeros",
             "const int steps = int((p.channels + G::BK + 1) / G::BK);": "one more stage of zeros",
@@ -1387,6 +1396,9 @@ MUTATE = [
         SM90,
         [functools.partial(check_product_sm90, shape=shape) for shape in PRODUCTS_SM90],
         harmless={
+            **GROUPED_TILES_HARMLESS,
+            "return {int(groups), int((rows + G::BM + 1) / G::BM), int((columns + G::BN - 1) / "
+            "G::BN)};": "a tile more, of rows that do not exist: TMA drops them",
             "int((p.channels + G::BK + 1) / G::BK));": "one more stage of zeros",
             "int((p.channels + G::BK - 2) / G::BK));": "channels are multiples of 8",
             "if (thread == 0) ptx::tma_store_wait_group_read<kSlabs - 2>();": "waits for both",
@@ -1396,6 +1408,7 @@ MUTATE = [
                 "thread 256, as before"
             ),
         },
+        choices=("waves",),
         headers=[CSRC / "core" / "common" / "gemm_sm90.cuh", GROUPED_TILES],
     ),
     Recipe(
