@@ -222,7 +222,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 
 
 @pytest.mark.benchmark(group="sapnet_memory")
-def test_memory(report, native, full):
+@pytest.mark.full_only
+def test_memory(report, native):
     """Most memory of a process that derains one picture of 2048 x 1536 in six stages, PyTorch and
     all libraries included, in tiles of 640 pixels (`pywino derain`) and whole"""
 
@@ -235,10 +236,9 @@ def test_memory(report, native, full):
         return f"{float(done.stdout):.2f}"
 
     def rows():
-        kinds = {"tiles": 640, "whole": 0} if full else {"tiles": 640}
         return {
             f"{layers}, {name}": {"GB": peak(layers, tile)}
-            for name, tile in kinds.items()
+            for name, tile in (("tiles", 640), ("whole", 0))
             for layers in ("pywino", "PyTorch")
         }
 

@@ -43,6 +43,7 @@ _RESTARTED = "PYWINO_BENCH_RESTARTED"
 
 _BUDGET_S = (0.8, 1.0)  # of measuring, a row; in a full run
 _ROUNDS = (5, 60)
+_SLOW_S, _SLOW_ROUNDS = 2.0, 3  # a default run takes no more rounds than these of what is slow
 _CLEAN = 3  # so many undisturbed samples make a median
 
 _rows: dict[str, dict] = {}  # table -> {"title": …, "rows": {name: row}}
@@ -231,7 +232,7 @@ def compare(benchmark, request):
         checked that returns None.
     calls: so many calls make one sample, for what takes microseconds.
     overhead: say how many microseconds more (+) or less (-) ours takes.
-    rounds: the least; fewer for what takes seconds.
+    rounds: the least; three in a default run, where a round takes more than two seconds.
     extra: a function of the milliseconds by contender that gives more columns of the row.
     note: a line below the table.
     """
@@ -263,8 +264,8 @@ def compare(benchmark, request):
         contenders = {"ours": candidates[chosen], **peers}
         if calls > 1:
             contenders = {name: _repeat(function, calls) for name, function in contenders.items()}
-        budget = _BUDGET_S[request.config.getoption("--bench-full")]
-        samples = _interleave(benchmark, contenders, rounds, budget)
+        full = request.config.getoption("--bench-full")
+        samples = _interleave(benchmark, contenders, rounds, full)
         if samples is None:  # --benchmark-disable: the errors were the test
             return
 
@@ -384,7 +385,7 @@ def _sample(function) -> tuple[float, bool]:
     return seconds, watch.clean
 
 
-def _interleave(benchmark, contenders, least, budget) -> dict[str, list[tuple[float, bool]]] | None:
+def _interleave(benchmark, contenders, least, full) -> dict[str, list[tuple[float, bool]]] | None:
     """One sample of each peer, then one of ours, taken by pytest-benchmark, and so on; name ->
     [(seconds, clean)]."""
     ours = contenders["ours"]
@@ -395,7 +396,9 @@ def _interleave(benchmark, contenders, least, budget) -> dict[str, list[tuple[fl
     for function in contenders.values():
         function()
     once = sum(_sample(function)[0] for function in contenders.values())
-    rounds = max(least, min(_ROUNDS[1], int(budget / once)))
+    if once > _SLOW_S and not full:
+        least = min(least, _SLOW_ROUNDS)
+    rounds = max(least, min(_ROUNDS[1], int(_BUDGET_S[full] / once)))
 
     samples = {name: [] for name in peers}
     clean = []

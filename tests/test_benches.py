@@ -259,6 +259,10 @@ def test_plain(compare):
     compare({"f2": sleep(6), "f4": sleep(2)}, peers, reference=exact, limit={"f2": 0, "f4": 0},
             denominator=("slow", "fast"), bounds={"f4": 1.5}, note="A note.")
 
+@pytest.mark.benchmark(group="slow")
+def test_slow(compare):
+    compare(sleep(1500), {"p": sleep(1500)})
+
 @pytest.mark.benchmark(group="calls")
 def test_calls(compare):
     compare(sleep(1), {"p": sleep(2)}, calls=5, overhead=True)
@@ -405,12 +409,15 @@ def test_compare_hands_ours_to_pytest_benchmark(tiny):
     assert plain["extra_info"]["ratio"] == rows(tiny, "plain")["plain"]["ratio"]
     assert plain["stats"]["median"] == pytest.approx(2e-3, rel=1e-3)
     assert plain["stats"]["rounds"] == 53  # 0.8 s of 15 ms a round
+    assert saved["test_slow"]["stats"]["rounds"] == 3
     assert tiny[2]["machine_info"]["pywino"]["threads"] == 1
 
 
 def test_a_run_that_is_killed_keeps_the_rows_before(tmp_path):
-    _, status = run_tiny(tmp_path, "--bench-full", "-k", "plain or kills")
+    _, status = run_tiny(tmp_path, "--bench-full", "-k", "plain or slow or kills")
     assert status == -9
+    (slow,) = json.loads((tmp_path / "results" / "slow.json").read_text())["rows"].values()
+    assert slow["rounds"] == 5
     rows = json.loads((tmp_path / "results" / "plain.json").read_text())["rows"]
     assert list(rows) == ["plain"]
     assert rows["plain"]["ratio"] == pytest.approx(2, rel=1e-3)
