@@ -7,7 +7,7 @@
 // kStages stages are in flight: while the warps multiply one, cp.async fills the others. Where a row comes from is the
 // caller's: `load(iteration, stage)` issues the copies, `write` hands the finished tile out in chunks of eight columns.
 // A persistent block passes its tiles through one such pipeline and writes each from registers (`write_from_registers`), so
-// that the next tile's copies go on under the epilogue; `write` is for a tile whose sums are still worked on.
+// that the next tile's copies go on under the epilogue. `write` goes through the stages' memory, where tiles do not overlap.
 //
 // Bytes and operations: a block reads (BM + BN) k elements for 2 BM BN k operations; at 128 x 128 in 16 bits that is 64
 // operations a byte, so with two blocks sharing an SM's L2 bandwidth the tensor cores stay the limit from k = 64 on.
