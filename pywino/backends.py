@@ -134,7 +134,7 @@ def uses_fast_products(precision, tile):
     promise of precision="fast" (F6 would lose 5 %), and in the instruction set in force."""
     if precision != "fast" or tile == 6:
         return False
-    return native.loaded and native.host.isa() == "avx512bf16"
+    return native.loaded and native.host.isa() in ("avx512bf16", "amx")
 
 
 def _no_cpu_library(call):

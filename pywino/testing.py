@@ -70,8 +70,8 @@ def force_backend(backend, algorithm="auto"):
 
 @contextlib.contextmanager
 def force_isa(name):
-    """The CPU kernels of one instruction set ("avx512bf16", "avx512", "avx2", "portable") in the
-    whole process.
+    """The CPU kernels of one instruction set ("amx", "avx512bf16", "avx512", "avx2", "portable") in
+    the whole process.
 
     Raises RuntimeError where the native library is not loaded, ValueError where this build or
     processor lacks the set."""

@@ -134,6 +134,7 @@ def test_every_instruction_set_has_a_reason(monkeypatch):
     monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(doctor, "_cpu_features", lambda: {*doctor._V4} - {"avx512bw", "avx512vl"})
     assert dict(doctor._instruction_sets()) == {
+        "amx": "not built: the compiler did not know it; a newer one does (GCC 12)",
         "avx512bf16": "not built: the compiler did not know it; a newer one does (GCC 12)",
         "avx512": "built, but this processor lacks avx512bw, avx512vl",
         "avx2": "runs here",

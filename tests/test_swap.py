@@ -1153,10 +1153,11 @@ def test_fuse_patterns(name):
         close(pywino.restore_(net)(x.clone()), before)
 
 
-def test_fuse_takes_instance_norms_that_keep_statistics():
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, pywino.nn.InstanceNorm2d])
+def test_fuse_takes_instance_norms_that_keep_statistics(norm):
     """In eval mode they are the affine map that a BatchNorm is; one without statistics is not."""
     torch.manual_seed(0)
-    kept, own = (nn.InstanceNorm2d(4, track_running_stats=track) for track in (True, False))
+    kept, own = (norm(4, track_running_stats=track) for track in (True, False))
     kept.running_mean.normal_()
     kept.running_var.uniform_(0.5, 2)
     first, second = pywino.DilatedConv2d(3, 4, 3, padding=2, dilation=2), conv()
@@ -1168,7 +1169,7 @@ def test_fuse_takes_instance_norms_that_keep_statistics():
         close(net(x), before)
     assert type(net[1]) is nn.Identity
     assert first.activation == "relu"
-    assert type(net[4]) is nn.InstanceNorm2d
+    assert type(net[4]) is norm
     report = str(pywino.swap.last_report(net))
     assert "the InstanceNorm after it has no running statistics" in report
 

@@ -18,7 +18,13 @@ from pywino import _native
 # What a processor must have for each instruction set, by the names of /proc/cpuinfo.
 _V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-_NEEDS = {"avx512bf16": (*_V4, "avx512_bf16"), "avx512": _V4, "avx2": _V3, "portable": ()}
+_NEEDS = {
+    "amx": (*_V4, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512bf16": (*_V4, "avx512_bf16"),
+    "avx512": _V4,
+    "avx2": _V3,
+    "portable": (),
+}
 
 
 def report() -> str:

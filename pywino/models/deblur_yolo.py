@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from pywino.models.mobilenet import MobileNetV2
 from pywino.models.weights import load_state, read_weights
 from pywino.nn.dilated_conv import DilatedConv2d
+from pywino.nn.instance_norm import InstanceNorm2d
 from pywino.nn.winograd import WinogradConv2d
 
 _CHANNELS = 128  # of the pyramid
@@ -39,7 +40,7 @@ def _conv(in_channels: int, channels: int, bias: bool = True) -> WinogradConv2d:
 
 
 def _norm_relu(conv: nn.Conv2d) -> nn.Sequential:
-    norm = nn.InstanceNorm2d(conv.out_channels, affine=False, track_running_stats=True)
+    norm = InstanceNorm2d(conv.out_channels, affine=False, track_running_stats=True)
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 

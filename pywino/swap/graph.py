@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pywino.nn.dilated_conv import DilatedConv2d
+from pywino.nn.instance_norm import InstanceNorm2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.swap.configs import HANDLERS, WinogradReLU, warn
 from pywino.swap.layers import (
@@ -45,8 +46,8 @@ from pywino.swap.report import Layer, Report, reasons
 _RELU_CALLS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 _ADD_CALLS = {operator.add, torch.add, "add"}
 _ADD_INTO_CALLS = {operator.iadd, "add_"}  # these write into their first argument
-# With running statistics both are the same affine map in eval mode.
-_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
+# With running statistics all are the same affine map in eval mode.
+_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, InstanceNorm2d)
 _FUSIBLE = (WinogradConv2d, DilatedConv2d)  # they take a residual and a ReLU
 _FRESH = {nn.Conv2d, *_NORMS, *_FUSIBLE, WinogradReLUConv2d}  # output is new memory
 _MAX_OPTIONAL = 4  # every combination of a forward's optional arguments is traced

@@ -51,7 +51,9 @@ class DeblurLearner(Learner):
         self.critics = tuple(critics)
         for name, critic in critics.items():
             self.networks[name] = self.models[name] = critic
-            self.optimizers[f"{name}_optimizer"] = torch.optim.Adam(critic.parameters(), lr)
+            self.optimizers[f"{name}_optimizer"] = torch.optim.Adam(
+                critic.parameters(), lr, fused=True
+            )
 
     def to(self, device: torch.device) -> None:
         super().to(device)

@@ -138,7 +138,7 @@ class RestorationRecipe(Fields):
     def optimize(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of the network that restores."""
         if self.optimizer == "adam":
-            return torch.optim.Adam(net.parameters(), self.lr)
+            return torch.optim.Adam(net.parameters(), self.lr, fused=True)
         return DynamicBatchSGDM(
             net.parameters(), lr=self.lr, momentum=self.momentum, batch_size=self.batch_size
         )

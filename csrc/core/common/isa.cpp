@@ -2,9 +2,32 @@
 #include "isa.h"
 
 #include <atomic>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pywino {
 namespace {
+
+// Has the processor tile registers with bfloat16 products, and may this process use them? Linux gives them to those who ask, since
+// a thread's state grows by 8 KB.
+bool tiles_allowed() {
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
+    return false;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 
 std::atomic<int> forced{-1};
 
@@ -22,6 +45,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512bf16: return "avx512bf16";
+    case Isa::amx: return "amx";
   }
   return "?";
 }
@@ -37,6 +61,9 @@ bool isa_built(Isa isa) {
 #endif
 #ifdef PYWINO_HAVE_AVX512BF16
     case Isa::avx512bf16: return true;
+#endif
+#ifdef PYWINO_HAVE_AMX
+    case Isa::amx: return true;
 #endif
     default: return false;
   }
@@ -55,6 +82,7 @@ bool isa_runs(Isa isa) {
     case Isa::avx2: return v3;
     case Isa::avx512: return v4;
     case Isa::avx512bf16: return v4 && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx: return v4 && __builtin_cpu_supports("avx512bf16") && tiles_allowed();
     default: return false;
   }
 #else

@@ -6,8 +6,8 @@
 
 namespace pywino {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
-inline constexpr int kIsaCount = 4;
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+inline constexpr int kIsaCount = 5;
 
 PYWINO_API const char* isa_name(Isa);
 // Was a copy compiled into this library?

@@ -127,8 +127,18 @@ template <typename E>
 struct Depth {
   static constexpr int kPerFloat = int(4 / sizeof(E));  // channels in a float
   static constexpr int kLine = kLanes * kPerFloat;      // channels in a line
+  static constexpr bool kFilled = false;                // is the last line filled up with zeros?
   static int64_t lines(int64_t channels) { return ceil_div<int64_t>(channels, kLine); }
   static int64_t floats(int64_t channels) { return ceil_div<int64_t>(channels, kPerFloat); }
+};
+
+// The products of a thread. kEven: the groups of a chunk must have one size.
+template <typename E>
+struct Products {
+  static constexpr bool kEven = false;
+  static int rows(int64_t out_channels) { return out_channels > kLanes ? kRows2 : kRows1; }
+  // For a group of so many tiles and a panel of 1 or 2 vectors.
+  PYWINO_INLINE Multiply get(int tiles, int vectors) { return multiplies<E>(vectors)[tiles - 1]; }
 };
 
 }  // namespace

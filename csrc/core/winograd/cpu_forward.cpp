@@ -18,6 +18,7 @@
 //   V  [xi][group of MR tiles][C / L][MR][L]   the product walks it with one pointer and constant displacements
 //   U  [panel][xi][C][panel's width]           so does it here; derived from the weight by `filter`
 //   M  [xi][panel][tile][panel's width]
+#include "../common/amx.h"
 #include "../common/lstm.h"
 #include "../common/product.h"
 #include "../common/scratch.h"
@@ -45,14 +46,14 @@ int64_t packed_size(int64_t out_channels, int64_t in_channels, int tile, bool fa
 // --- the convolution ----------------------------------------------------------------------------------------------------------
 // Of tiles [t0, t1) to the gates of a convolutional LSTM: [tile][vector of outputs][M * M pixels][lanes].
 template <int M, typename T>
-void gate_stage(const Job<T>& job, int t0, int t1, int64_t channel, int vectors, const float* m,
-                float* gates) {
-  const int64_t all = job.geometry.out_channels / kLanes, first = channel / kLanes;
+void gate_stage(const Job<T>& job, int t0, int t1, int all, int64_t channel, int vectors,
+                const float* m, float* gates) {
+  const int64_t outputs = job.geometry.out_channels / kLanes, first = channel / kLanes;
   for (int t = t0; t < t1; ++t)
     for (int n = 0; n < vectors; ++n) {
       const vec bias = job.params.bias ? load(job.params.bias + channel + n * kLanes) : zero();
-      float* out = gates + (t * all + first + n) * M * M * kLanes;
-      transform_product<M>(m + m_offset(t1 - t0, vectors, t - t0, n), job.stride_m, M,
+      float* out = gates + (t * outputs + first + n) * M * M * kLanes;
+      transform_product<M>(m + m_offset(all, vectors, t - t0, n), job.stride_m, M,
                            [&](int i, vec* y) __attribute__((always_inline)) {
                              PYWINO_UNROLL for (int j = 0; j < M; ++j)
                                  store(out + (i * M + j) * kLanes, y[j] + bias);
@@ -105,7 +106,8 @@ struct Epilogue {
 template <int M, typename T, typename E>
 void product_stage(const Job<T>& job, int64_t first, const Groups& groups, int g0, int g1,
                    int64_t panel0, int64_t panel1, int64_t c0, int64_t c1, const float* u,
-                   int64_t pitch, const E* v, float* m, InputPrefetch<M, T>& inputs) {
+                   int64_t pitch, const E* v, float* m, Products<E>& products,
+                   InputPrefetch<M, T>& inputs) {
   constexpr int A2 = Transform<M>::A * Transform<M>::A;
   const int64_t depth = Depth<E>::floats(c1 - c0), K = job.geometry.out_channels,
                 channel = panel0 * kPanel;
@@ -119,12 +121,11 @@ void product_stage(const Job<T>& job, int64_t first, const Groups& groups, int g
   // Every other position fetches for the output, the others for the next chunk.
   OutputPrefetch<M, T> outputs;
   if (job.fetch_output)
-    outputs =
-        OutputPrefetch<M, T>({&job, channel, min(K - channel, (panel1 - panel0) * kPanel)},
-                             first + t0, first + t1, A2 / 2 * (panel1 - panel0) * (g1 - g0), depth);
+    outputs = OutputPrefetch<M, T>({&job, channel, min(K - channel, (panel1 - panel0) * kPanel)},
+                                   first + t0, first + min(t1, groups.tiles),
+                                   A2 / 2 * (panel1 - panel0) * (g1 - g0), depth);
   for (int xi = 0; xi < A2; ++xi)
     for (int64_t panel = panel0; panel < panel1; ++panel) {
-      const Multiply* table = multiplies<E>(vectors(panel));
       Ahead next_filter = kNothing;
       if (job.fetch_filter) {
         const float* next = panel + 1 < panel1 ? filter(xi, panel + 1)
@@ -137,7 +138,7 @@ void product_stage(const Job<T>& job, int64_t first, const Groups& groups, int g
         const int start = groups.start(g);
         const E* block =
             v + xi * job.stride_v + start * job.lines * Depth<E>::kLine + c0 * groups.size(g);
-        table[groups.size(g) - 1](
+        products.get(groups.size(g), vectors(panel))(
             depth, reinterpret_cast<const float*>(block), filter(xi, panel),
             m + xi * job.stride_m + m_offset(t1 - t0, all, start - t0, int(panel - panel0) * 2),
             job.fetch_filter                  ? next_filter
@@ -157,10 +158,11 @@ void panel_output(const Job<T>& job, int64_t first, const Groups& groups, int g0
   const int all =
       int(min(channel_blocks(job.geometry.out_channels - channel), (panel1 - panel0) * 2));
   const int t0 = groups.start(g0), t1 = groups.start(g1 - 1) + groups.size(g1 - 1);
+  const int end = min(t1, groups.tiles);
   if (epilogue.gates)
-    gate_stage<M>(job, t0, t1, channel, all, m, epilogue.gates);
+    gate_stage<M>(job, t0, end, t1 - t0, channel, all, m, epilogue.gates);
   else
-    output_stage<M>(job, first, t0, t1, channel, all, m, epilogue.sums);
+    output_stage<M>(job, first, t0, end, t1 - t0, channel, all, m, epilogue.sums);
 }
 
 // How the tiles are cut and who works on them.
@@ -226,7 +228,7 @@ bool takes_weight_as(const Geometry& g, int threads) {
   if (g.input.n * g.out_h() * g.out_w() * g.out_channels * g.input.c == 0) return false;
   const int64_t tiles = Grid(g).tiles, panels = ceil_div<int64_t>(g.out_channels, kPanel);
   const Plan plan =
-      make_plan(g, tiles, threads, g.out_channels > kLanes ? kRows2 : kRows1, sizeof(E), false);
+      make_plan(g, tiles, threads, Products<E>::rows(g.out_channels), sizeof(E), false);
   return plan.joint && tiles <= plan.chunk && panels >= 4 * threads;
 }
 
@@ -254,6 +256,8 @@ struct Run {
     return job.params.filter + panel * panel_bytes<E>(job.geometry) / int64_t(sizeof(float));
   }
 
+  Groups groups(int tiles) const { return Groups(tiles, job.rows, Products<E>::kEven); }
+
   void chunk_bounds(int64_t chunk, int64_t* begin, int64_t* end) const {
     const int64_t base = job.grid.tiles / chunks, larger = job.grid.tiles % chunks;
     *begin = chunk * base + min(chunk, larger);
@@ -272,6 +276,7 @@ struct Run {
       run.failed = true;
       return;
     }
+    Products<E> products;
     for (int64_t chunk = take(&run.next); chunk < run.chunks; chunk = take(&run.next)) {
       int64_t begin, end, next_begin, next_end;
       run.chunk_bounds(chunk, &begin, &end);
@@ -279,13 +284,13 @@ struct Run {
       // The threads take turns, so this one's next chunk is most likely `threads` further on.
       if (const int64_t next = chunk + run.executor.threads; run.prefetch && next < run.chunks) {
         run.chunk_bounds(next, &next_begin, &next_end);
-        const int64_t products = run.panels * A2 * Groups(int(end - begin), job.rows).count;
-        ahead = InputPrefetch<M, T>({&job}, next_begin, next_end,
-                                    job.fetch_output ? products / 2 : products,
-                                    Depth<E>::floats(job.geometry.input.c));
+        const int64_t calls = run.panels * A2 * run.groups(int(end - begin)).count;
+        ahead =
+            InputPrefetch<M, T>({&job}, next_begin, next_end, job.fetch_output ? calls / 2 : calls,
+                                Depth<E>::floats(job.geometry.input.c));
       }
       const int tiles = int(end - begin);
-      const Groups groups(tiles, job.rows);
+      const Groups groups = run.groups(tiles);
       const int64_t K = job.geometry.out_channels;
       const Epilogue epilogue{run.sums ? run.sums + chunk * K : nullptr, gates};
       if (epilogue.sums) __builtin_memset(epilogue.sums, 0, K * sizeof(float));
@@ -293,7 +298,7 @@ struct Run {
       for (int64_t panel = 0; panel < run.panels; panel += run.at_once) {
         const int64_t end = min(panel + run.at_once, run.panels);
         product_stage<M>(job, begin, groups, 0, groups.count, panel, end, 0, job.geometry.input.c,
-                         run.filter_of(panel), 0, v, m, ahead);
+                         run.filter_of(panel), 0, v, m, products, ahead);
         panel_output<M>(job, begin, groups, 0, groups.count, panel, end, m, epilogue);
       }
       if (gates) cell_stage<M>(job, begin, tiles, gates);
@@ -304,7 +309,7 @@ struct Run {
 
   static void joint_input(void* arg) {
     Run& run = *static_cast<Run*>(arg);
-    const Groups groups(run.tiles, run.job.rows);
+    const Groups groups = run.groups(run.tiles);
     const int64_t parts = ceil_div<int64_t>(run.job.blocks, kBlocksPerTask),
                   tasks = parts * ceil_div(run.tiles, kTilesPerTask);
     for (int64_t task = take(&run.next); task < tasks; task = take(&run.next)) {
@@ -317,7 +322,7 @@ struct Run {
 
   static void joint_panels(void* arg) {
     Run& run = *static_cast<Run*>(arg);
-    const Groups groups(run.tiles, run.job.rows);
+    const Groups groups = run.groups(run.tiles);
     float* m = static_cast<float*>(scratch(run.m_bytes + run.u_bytes, ScratchSlot::own));
     if (!m) {
       run.failed = true;
@@ -326,13 +331,14 @@ struct Run {
     float* own = reinterpret_cast<float*>(reinterpret_cast<char*>(m) + run.m_bytes);
     const int splits = min(run.splits, groups.count);
     InputPrefetch<M, T> nothing;
+    Products<E> products;
     for (int64_t task = take(&run.next); task < run.panels * splits; task = take(&run.next)) {
       const int part = int(task % splits);
       const int g0 = groups.count * part / splits, g1 = groups.count * (part + 1) / splits;
       const int64_t panel = task / splits;
       const auto product = [&](int64_t c0, int64_t c1, const float* u, int64_t pitch) {
         product_stage<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, c0, c1, u, pitch,
-                         run.shared_v, m, nothing);
+                         run.shared_v, m, products, nothing);
       };
       const int64_t C = run.job.geometry.input.c;
       if (run.u_bytes) {
@@ -403,7 +409,7 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   Job<T> job{params, g, {first, second},           Grid(g, params.mask),       g.out_h(), g.out_w(),
              0,      0, channel_blocks(g.input.c), Depth<E>::lines(g.input.c), 0,         false};
   if (job.grid.tiles == 0 || g.out_channels == 0) return Status::ok;
-  job.rows = g.out_channels > kLanes ? kRows2 : kRows1;
+  job.rows = Products<E>::rows(g.out_channels);
   Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E), params.lstm);
   plan.joint = plan.joint && !params.mean;
   const int64_t panels = ceil_div<int64_t>(g.out_channels, kPanel);
@@ -412,9 +418,11 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
   if (!plan.joint && chunks < 8 * executor.threads)
     chunks = min<int64_t>(job.grid.tiles, round_up<int64_t>(chunks, executor.threads));
   const int64_t chunk = ceil_div(job.grid.tiles, chunks);
-  job.stride_v = padded_stride<E>(chunk * job.lines * Depth<E>::kLine);
+  const Groups groups(int(chunk), job.rows, Products<E>::kEven);
+  const int64_t rows = groups.start(groups.count);  // of V and M
+  job.stride_v = padded_stride<E>(rows * job.lines * Depth<E>::kLine);
   job.stride_m = padded_stride(
-      chunk * min<int64_t>(plan.panels * kPanel, round_up<int64_t>(g.out_channels, kLanes)));
+      rows * min<int64_t>(plan.panels * kPanel, round_up<int64_t>(g.out_channels, kLanes)));
   job.fetch_filter = plan.fetch_filter;
   // Each of the two states has a quarter of the gates' channels.
   const int64_t channels = params.lstm ? g.out_channels / 4 : g.out_channels;

@@ -124,7 +124,7 @@ struct Blocks {
     own.stride_m = stride;
     for (int64_t u = u0; u < u1; u += 2) {
       const int64_t vectors = min<int64_t>(2, panel.end - u);
-      output_stage<M>(own, first, t0, t1, u * kLanes, int(vectors),
+      output_stage<M>(own, first, t0, t1, t1 - t0, u * kLanes, int(vectors),
                       m + (u - panel.begin) / 2 * tiles * kPanel + t0 * vectors * kLanes);
     }
   }

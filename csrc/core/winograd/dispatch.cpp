@@ -8,7 +8,7 @@
 
 namespace pywino::winograd {
 
-PYWINO_CHOOSE_COPY(ForwardKernels, forward_kernels)
+PYWINO_CHOOSE_BF16_COPY(ForwardKernels, forward_kernels)
 PYWINO_CHOOSE_COPY(SparseKernels, sparse_kernels)
 PYWINO_CHOOSE_COPY(BackwardKernels, backward_kernels)
 

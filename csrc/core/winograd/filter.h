@@ -3,6 +3,7 @@
 // `rotate`: of the input gradient, where K and C change places.
 #pragma once
 
+#include "../common/amx.h"
 #include "../common/executor.h"
 #include "../common/product.h"
 #include "../common/simd.h"
@@ -48,7 +49,12 @@ struct FilterRun {
   }
 
   int channels_of_float() const { return p.fast ? 2 : 1; }
-  int64_t depth() const { return ceil_div<int64_t>(C, channels_of_float()); }
+  int64_t depth() const {
+#if defined(__AVX512BF16__)
+    if (p.fast) return Depth<bf16_operand>::floats(C);
+#endif
+    return C;
+  }
   int64_t panel_floats() const { return depth() * A * A * kPanel; }
 
   int width(int64_t panel) const { return K - panel * kPanel > kLanes ? kPanel : kLanes; }
@@ -130,6 +136,15 @@ struct FilterRun {
       if (p.spatial) transform(g);
       write(g, vector, c, c - c0, to, pitch, waiting);
     }
+    if (c1 == C) fill_up(vector, c0, to, pitch);
+  }
+
+  // Zeros behind the last channel, where rows are filled up with them.
+  void fill_up(int64_t vector, int64_t c0, float* to, int64_t pitch) const {
+    const int64_t width = this->width(vector / 2), before = c0 / channels_of_float();
+    for (int64_t n = ceil_div<int64_t>(C, channels_of_float()); n < depth(); ++n)
+      for (int xi = 0; xi < A * A; ++xi)
+        store(to + xi * pitch + (n - before) * width + vector % 2 * kLanes, zero());
   }
 
   // U of channel c, in row n.

@@ -76,6 +76,10 @@ void input_stage(const Job<T>& job, int64_t first, int t0, int t1, const Groups&
           job.params.winograd_relu, v, job.stride_v);
     before += source.blocks();
   }
+  if (Depth<E>::kFilled && block1 == job.blocks && job.blocks % Depth<E>::kPerFloat)
+    for (int tile = t0; tile < t1; ++tile)
+      for (int xi = 0; xi < Transform<M>::A * Transform<M>::A; ++xi)
+        store(v + xi * job.stride_v + v_offset<E>(job, groups, tile, job.blocks), zero());
 }
 
 // --- what is fetched for the next chunk, and for the output -------------------------------------------------------------------
@@ -290,15 +294,14 @@ PYWINO_INLINE int64_t m_offset(int tiles, int vectors, int tile, int n) {
   return (before * tiles + tile * min(2, vectors - before) + in_panel) * kLanes;
 }
 
-// The same from their products; m is that of tile t0.
+// The same from their products; m is that of tile t0, and has `all` tiles.
 template <int M, typename T>
-void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int64_t channel, int vectors,
-                  const float* m, float* sums = nullptr) {
+void output_stage(const Job<T>& job, int64_t first, int t0, int t1, int all, int64_t channel,
+                  int vectors, const float* m, float* sums = nullptr) {
   store_outputs<M>(
       job, first, t0, t1, channel, vectors,
       [&](int tile, int n, int rows, const auto& store_row) __attribute__((always_inline)) {
-        transform_product<M>(m + m_offset(t1 - t0, vectors, tile, n), job.stride_m, rows,
-                             store_row);
+        transform_product<M>(m + m_offset(all, vectors, tile, n), job.stride_m, rows, store_row);
       },
       sums);
 }

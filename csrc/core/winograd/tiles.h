@@ -189,12 +189,16 @@ struct Grid {
   }
 };
 
-// The tiles of a chunk in groups of nearly equal size, at most `most` each: no group is a small remainder.
+// The tiles of a chunk in groups of nearly equal size, at most `most` each: no group is a small remainder. even: of equal size,
+// where the last one counts tiles behind the chunk.
 struct Groups {
-  int count, base, larger;  // the first `larger` groups have base + 1 tiles
+  int tiles, count, base, larger;  // the first `larger` groups have base + 1 tiles
 
-  Groups(int tiles, int most)
-      : count(ceil_div(tiles, most)), base(tiles / count), larger(tiles % count) {}
+  Groups(int tiles, int most, bool even = false)
+      : tiles(tiles),
+        count(ceil_div(tiles, most)),
+        base(even ? ceil_div(tiles, count) : tiles / count),
+        larger(even ? 0 : tiles % count) {}
   PYWINO_INLINE int start(int g) const { return g * base + min(g, larger); }
   PYWINO_INLINE int size(int g) const { return base + (g < larger); }
   PYWINO_INLINE int of(int tile) const {
