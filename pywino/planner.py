@@ -46,7 +46,9 @@ log = logging.getLogger("pywino.planner")
 
 FORMAT = 1  # of the file; a file of another format is ignored
 CAPACITY = 4096  # plans in memory and in the file
-CALLS = 3  # of each candidate
+CALLS = 3  # of each candidate, where its two best times agree
+MOST_CALLS = 9
+AGREE = 1.2
 SECONDS = 0.2  # of measuring a signature; the first calls are always made
 SPARSE = ("unstructured", "blocks")  # kernels of the CPU that skip zeros
 MARGIN = 0.97  # a kernel must take less than this part of PyTorch's time
@@ -360,32 +362,37 @@ def _timed(call):
     part = _part(call)
     runners = _measure[call.op](part)
     names = [None, *_measured_kernels(call)]
-    seconds_of = _seconds_on(call.device)
-    best = dict.fromkeys(names, float("inf"))
     # Autocast and a deterministic fill of new memory would be timed too; gradients need no graph
     # here.
     with torch.no_grad(), torch.autocast(call.device, enabled=False):
         runs = {name: runners(name) for name in names}
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            for name, run in runs.items():
-                best[name] = min(best[name], seconds_of(run))
-                if time.perf_counter() - start > SECONDS and all(
-                    t < float("inf") for t in best.values()
-                ):
-                    return _scaled(best, call, part)
-    return _scaled(best, call, part)
+        return _scaled(race(runs, CALLS, call.device, SECONDS), call, part)
 
 
-def race(runs, calls, device="cpu"):
+def race(runs, calls, device="cpu", seconds=float("inf")):
     """name -> its least seconds in `calls` calls, taken in turns; on a GPU those between two events
-    on the current stream. Nobody may capture that: ask `may_measure` before."""
+    on the current stream. Nobody may capture that: ask `may_measure` before.
+
+    On the CPU there are more calls, for at most `SECONDS`, while a contender's best time stands
+    alone: the system takes milliseconds to give new memory, and other programs take a core. After
+    `seconds` only first calls are still made."""
     seconds_of = _seconds_on(device)
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(calls):
+    times = {name: [] for name in runs}
+    start = time.perf_counter()
+    for done in range(max(calls, MOST_CALLS)):
+        if done >= calls and (device != "cpu" or all(map(_agree, times.values()))):
+            break
         for name, run in runs.items():
-            best[name] = min(best[name], seconds_of(run))
-    return best
+            times[name].append(seconds_of(run))
+            limit = seconds if done < calls else min(seconds, SECONDS)
+            if time.perf_counter() - start > limit and all(times.values()):
+                return {name: min(taken) for name, taken in times.items()}
+    return {name: min(taken) for name, taken in times.items()}
+
+
+def _agree(times):
+    least, *others = sorted(times)
+    return not others or others[0] <= AGREE * least
 
 
 def _seconds_on(device):

@@ -107,6 +107,7 @@ def test_three_calls_of_each_in_turn_and_not_for_long(monkeypatch):
     monkeypatch.setitem(
         planner._measure, CALL.op, lambda call: lambda name: lambda: calls.append(name)
     )
+    monkeypatch.setattr(planner, "_seconds_on_cpu", lambda run: (run(), 1e-3)[1])
     planner._timed(CALL)
     f, g = (f"f{t}" for t in planner.best_tiles(CALL)[:2])
     assert calls == [None, f, g] * 3
@@ -698,10 +699,35 @@ def test_which_images_run(image, device, runs):
 
 
 def test_a_race_takes_turns_and_keeps_the_least(monkeypatch):
-    order, seconds = [], iter([3.0, 5.0, 2.0, 7.0, 4.0, 6.0])
+    order, seconds = [], iter([2.2, 5.0, 2.0, 7.0, 4.0, 5.5])
     monkeypatch.setattr(planner, "_seconds_on_cpu", lambda run: run() or next(seconds))
     runs = {name: lambda name=name: order.append(name) for name in ("a", "b")}
     assert planner.race(runs, 3) == {"a": 2.0, "b": 5.0}
     assert order == ["a", "b"] * 3
     monkeypatch.setattr(planner, "_seconds_on_gpu", lambda run: 1.0)
     assert planner.race(runs, 2, "cuda") == {"a": 1.0, "b": 1.0}
+
+
+def test_a_race_goes_on_while_a_best_time_stands_alone(monkeypatch):
+    def race(script, calls=3, device="cpu"):
+        times = {name: iter(seconds) for name, seconds in script.items()}
+        taken = dict.fromkeys(script, 0)
+
+        def run(name):
+            taken[name] += 1
+            return next(times[name])
+
+        for kind in ("cpu", "gpu"):
+            monkeypatch.setattr(planner, f"_seconds_on_{kind}", lambda run: run())
+        runs = {name: lambda name=name: run(name) for name in script}
+        best = planner.race(runs, calls, device)
+        assert len(set(taken.values())) == 1
+        return best, taken.popitem()[1]
+
+    # Disturbed three times, then as it is.
+    script = {"aten": [9, 5, 3, 1, 1.1, 1], "f4": [2, 2, 2, 2, 2, 2]}
+    assert race(script) == ({"aten": 1, "f4": 2}, 5)
+    assert race(script, device="cuda") == ({"aten": 3, "f4": 2}, 3)
+    assert race({"aten": [2.0**-i for i in range(20)]}) == ({"aten": 2.0**-8}, 9)
+    monkeypatch.setattr(planner, "SECONDS", -1)  # over
+    assert race({"aten": script["aten"]}) == ({"aten": 1}, 4)
