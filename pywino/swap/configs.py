@@ -24,6 +24,7 @@ from pywino.backends import Call
 from pywino.nn.channel_attention import ChannelAttention, ChannelResidualAttention, GatePaths
 from pywino.nn.conv_lstm import ConvLSTMCell
 from pywino.nn.dilated_conv import DilatedConv2d
+from pywino.nn.instance_norm import InstanceNorm2d
 from pywino.nn.sparse_conv import SparseConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.ops import _layout
@@ -147,7 +148,7 @@ class Handler:
 HANDLERS: dict[type, Handler] = {}
 
 # Layers that no config makes of another one; users build them, and `restore_` knows the way back.
-BUILT: tuple[type[nn.Module], ...] = (DilatedConv2d, ConvLSTMCell)
+BUILT: tuple[type[nn.Module], ...] = (DilatedConv2d, ConvLSTMCell, InstanceNorm2d)
 
 
 def register(config: type, handler: Handler) -> None:
