@@ -77,7 +77,11 @@ def _ours(
     precision: str = "default",
 ) -> dict:
     x, _, _ = layer.tensors(dtype, memory_format)
-    modules = {name: _module(layer, name, dtype, precision) for name in algorithms}
+    # As in a model of that layout, and as the peers have it.
+    modules = {
+        name: _module(layer, name, dtype, precision).to(memory_format=memory_format)
+        for name in algorithms
+    }
     return {name: lambda module=module: module(x) for name, module in modules.items()}
 
 

@@ -455,6 +455,24 @@ def test_precision_fast_of_any_shape(isa, c, k, size, channels_last, monkeypatch
 
 
 @pytest.mark.native
+def test_tile_registers_are_shared_with_pytorchs_kernels(isa):
+    """Both set their shapes anew, in the same threads."""
+    if isa != "amx":
+        pytest.skip(f"{isa} has no tile registers")
+    input, weight = torch.randn(2, 64, 40, 40), torch.randn(48, 64, 3, 3)
+    halves = input.bfloat16(), weight.bfloat16()
+    left, right = torch.randn(2, 200, 200).bfloat16().unbind()
+    fast = {"algorithm": "f4", "precision": "fast", "backend": "cpu"}
+    first = None
+    for _ in range(4):
+        results = [conv(input, weight, **fast), F.conv2d(*halves, padding=1)]
+        results += [conv(input, weight, **fast), left @ right]
+        first = first or results
+        assert all(map(torch.equal, results, first))
+    assert torch.equal(first[0], first[2])
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("k", "size", "dilation"), [(21, (9, 14), 1), (40, (61, 47), 2), (512, (14, 14), 1)]
