@@ -366,14 +366,17 @@ def _timed(call):
     # here.
     with torch.no_grad(), torch.autocast(call.device, enabled=False):
         runs = {name: runners(name) for name in names}
-        return _scaled(race(runs, CALLS, call.device, SECONDS), call, part)
+        return _scaled(_least_seconds(runs, CALLS, call.device, SECONDS), call, part)
 
 
-def race(runs, calls, device="cpu", seconds=float("inf")):
+def race(runs, calls, device="cpu"):
     """name -> its least seconds in `calls` calls, taken in turns; on a GPU those between two events
-    on the current stream. Nobody may capture that: ask `may_measure` before.
+    on the current stream. Nobody may capture that: ask `may_measure` before."""
+    return _least_seconds(runs, calls, device, float("inf"))
 
-    On the CPU there are more calls, for at most `SECONDS`, while a contender's best time stands
+
+def _least_seconds(runs, calls, device, seconds):
+    """On the CPU there are more calls, for at most `SECONDS`, while a contender's best time stands
     alone: the system takes milliseconds to give new memory, and other programs take a core. After
     `seconds` only first calls are still made."""
     seconds_of = _seconds_on(device)

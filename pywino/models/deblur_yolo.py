@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from pywino.models.mobilenet import MobileNetV2
 from pywino.models.weights import load_state, read_weights
+from pywino.nn._instance_norm import InstanceNorm2d
 from pywino.nn.dilated_conv import DilatedConv2d
-from pywino.nn.instance_norm import InstanceNorm2d
 from pywino.nn.winograd import WinogradConv2d
 
 _CHANNELS = 128  # of the pyramid

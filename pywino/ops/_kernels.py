@@ -204,7 +204,7 @@ def _triton(room="winograd"):
 def kernel_of(plan, call):
     """The `Kernel` of a `planner.Plan` that is not PyTorch's."""
     if plan.backend == "cpu":
-        mode = backends.uses_fast_products(call.precision, plan.tile)
+        mode = backends.uses_fast_products(call.precision, plan.tile, call.c)
     else:
         mode = backends.is_strict(call, plan.algorithm)
     kinds = (call.op.startswith(op) for op in ("winograd_relu_conv2d", "winograd_domain_conv2d"))

@@ -21,10 +21,10 @@ from torch.nn.utils import parametrize
 
 from pywino import backends, planner
 from pywino.backends import Call
+from pywino.nn._instance_norm import InstanceNorm2d
 from pywino.nn.channel_attention import ChannelAttention, ChannelResidualAttention, GatePaths
 from pywino.nn.conv_lstm import ConvLSTMCell
 from pywino.nn.dilated_conv import DilatedConv2d
-from pywino.nn.instance_norm import InstanceNorm2d
 from pywino.nn.sparse_conv import SparseConv2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.ops import _layout

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from pywino.nn._instance_norm import InstanceNorm2d
 from pywino.nn.dilated_conv import DilatedConv2d
-from pywino.nn.instance_norm import InstanceNorm2d
 from pywino.nn.winograd import WinogradConv2d, WinogradReLUConv2d
 from pywino.swap.configs import HANDLERS, WinogradReLU, warn
 from pywino.swap.layers import (

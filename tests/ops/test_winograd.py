@@ -442,16 +442,27 @@ def test_precision_fast_of_any_shape(isa, c, k, size, channels_last, monkeypatch
     input = torch.randn(2, c, *size).contiguous(memory_format=layout)
     weight, bias = torch.randn(k, c, 3, 3), torch.randn(k)
     for tile in (2, 4):
-        choice = {"algorithm": f"f{tile}", "precision": "fast", "backend": "cpu"}
-        conv(torch.full_like(input, math.nan), weight, bias, **choice)
-        floats = ops._winograd_filter(weight, tile, False, True).numel()
-        spoilt = [torch.full((floats,), math.nan) for _ in range(8)]
+        where = (k, tile, (1, 1), (1, 1), False, False, True)
+        filter = ops._winograd_filter(weight, tile, False, True)
+        ops._winograd_forward(torch.full_like(input, math.nan), filter, bias, None, *where)
+        spoilt = [torch.full_like(filter, math.nan) for _ in range(8)]
         del spoilt
-        output = conv(input, weight, bias, **choice)
+        filter = ops._winograd_filter(weight, tile, False, True)
+        output = ops._winograd_forward(input, filter, bias, None, *where)
         u = rounded(reference.winograd_transform_filter(weight.double(), tile))
         exact = reference.winograd_domain_conv2d(*double(input), u, bias.double(), tile=tile)
         # The kernel rounds sums of float32, the reference exact ones: some round to other sides.
         assert relative_l2(output, exact) < 2e-4
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("c", [16, 17])
+def test_few_channels_have_no_use_for_tile_registers(isa, c):
+    input, weight = torch.randn(1, c, 20, 20), torch.randn(16, c, 3, 3)
+    choice = {"algorithm": "f4", "backend": "cpu"}
+    default, fast = (conv(input, weight, **choice, precision=p) for p in ("default", "fast"))
+    rounded = isa == "avx512bf16" or (isa == "amx" and c > 16)
+    assert torch.equal(default, fast) != rounded
 
 
 @pytest.mark.native

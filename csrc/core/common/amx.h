@@ -86,10 +86,9 @@ class Products<bf16_operand> {
     if (tiles != tiles_) set(tiles);
     return (vectors == 2 ? MultipliesInTiles<2>::table : MultipliesInTiles<1>::table)[tiles - 1];
   }
-  Products() = default;
-  Products(const Products&) = delete;
-  ~Products() {
+  PYWINO_INLINE void end() {
     if (tiles_) _tile_release();
+    tiles_ = 0;
   }
 
  private:

@@ -139,6 +139,8 @@ struct Products {
   static int rows(int64_t out_channels) { return out_channels > kLanes ? kRows2 : kRows1; }
   // For a group of so many tiles and a panel of 1 or 2 vectors.
   PYWINO_INLINE Multiply get(int tiles, int vectors) { return multiplies<E>(vectors)[tiles - 1]; }
+  // When there are no more.
+  PYWINO_INLINE void end() {}
 };
 
 }  // namespace

@@ -303,6 +303,7 @@ struct Run {
       }
       if (gates) cell_stage<M>(job, begin, tiles, gates);
     }
+    products.end();
   }
 
   static constexpr int kTilesPerTask = 4, kBlocksPerTask = 8;
@@ -354,6 +355,7 @@ struct Run {
       }
       panel_output<M>(run.job, run.first, groups, g0, g1, panel, panel + 1, m, Epilogue{});
     }
+    products.end();
   }
 
   // Outside the mask's tiles.
