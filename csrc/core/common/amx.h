@@ -24,9 +24,10 @@ template <int MR, int NR>
 void multiply_in_tiles(int64_t depth, const float* __restrict v, const float* __restrict u,
                        float* __restrict m, const Ahead& ahead, bool add) {
   constexpr bool kTwo = MR > 16, kWide = NR == 2;
-  constexpr int kRow = NR * kLanes * 4,
-                kHalf = 16 * NR * kLanes;  // bytes of a row of U or M, floats of 16
-  asm volatile("" : : : "memory");         // V is written
+  // Bytes of a row of U or M, floats of 16 of them.
+  constexpr int kRow = NR * kLanes * 4, kHalf = 16 * NR * kLanes;
+  // GCC does not know that the loads below read memory.
+  asm volatile("" : : : "memory");
   _tile_zero(0);
   if constexpr (kWide) _tile_zero(1);
   if constexpr (kTwo) _tile_zero(2);
