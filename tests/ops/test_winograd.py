@@ -652,6 +652,8 @@ def test_scratch_is_bounded(tile, c, k, size, channels_last):
     choice = {"backend": "cpu", "algorithm": f"f{tile}"}
     forward = scratch_of(lambda: conv(x, w, **choice))
     assert 0 < forward <= 6 << 20
+    fast = scratch_of(lambda: conv(x, w, **choice, precision="fast"))
+    assert 0 < fast <= 6 << 20
     x.requires_grad_()
     w.requires_grad_()
     both = scratch_of(lambda: conv(x, w, **choice).sum().backward())

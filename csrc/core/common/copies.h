@@ -44,23 +44,18 @@
   case Isa::set: return name##_avx512;
 
 // In a dispatch.cpp: declares the copies of a table and defines name(), the one for the instruction set in force.
-#define PYWINO_CHOOSE_COPY(Type, name)                        \
-  PYWINO_EACH_ISA(PYWINO_DECLARE_COPY, Type, name)            \
-  static const Type& name() {                                 \
-    switch (isa()) {                                          \
-      PYWINO_EACH_ISA(PYWINO_CASE_OF_COPY, Type, name)        \
-      PYWINO_EACH_BF16_ISA(PYWINO_CASE_OF_AVX512, Type, name) \
-      default: return name##_portable;                        \
-    }                                                         \
-  }
+#define PYWINO_CHOOSE_COPY(Type, name) PYWINO_CHOOSE(Type, name, PYWINO_CASE_OF_AVX512)
 // The same for a table with products of bfloat16.
-#define PYWINO_CHOOSE_BF16_COPY(Type, name)                 \
-  PYWINO_EACH_ISA(PYWINO_DECLARE_COPY, Type, name)          \
-  PYWINO_EACH_BF16_ISA(PYWINO_DECLARE_COPY, Type, name)     \
-  static const Type& name() {                               \
-    switch (isa()) {                                        \
-      PYWINO_EACH_ISA(PYWINO_CASE_OF_COPY, Type, name)      \
-      PYWINO_EACH_BF16_ISA(PYWINO_CASE_OF_COPY, Type, name) \
-      default: return name##_portable;                      \
-    }                                                       \
+#define PYWINO_CHOOSE_BF16_COPY(Type, name)             \
+  PYWINO_EACH_BF16_ISA(PYWINO_DECLARE_COPY, Type, name) \
+  PYWINO_CHOOSE(Type, name, PYWINO_CASE_OF_COPY)
+
+#define PYWINO_CHOOSE(Type, name, case_of_bf16)        \
+  PYWINO_EACH_ISA(PYWINO_DECLARE_COPY, Type, name)     \
+  static const Type& name() {                          \
+    switch (isa()) {                                   \
+      PYWINO_EACH_ISA(PYWINO_CASE_OF_COPY, Type, name) \
+      PYWINO_EACH_BF16_ISA(case_of_bf16, Type, name)   \
+      default: return name##_portable;                 \
+    }                                                  \
   }

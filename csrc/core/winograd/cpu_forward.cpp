@@ -173,11 +173,17 @@ struct Plan {
   bool fetch_filter;
 };
 
-Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t element,
-               bool lstm) {
+template <typename E>
+Plan make_plan(const Geometry& g, int64_t tiles, int threads, bool lstm) {
+  using D = Depth<E>;
   const int64_t a2 = int64_t(g.tile + 2) * (g.tile + 2), K = g.out_channels,
-                filter_bytes = a2 * g.input.c * K * element,
-                v_bytes = a2 * round_up<int64_t>(g.input.c, kLanes) * element;  // of a tile
+                filter_bytes = a2 * g.input.c * K * int64_t(sizeof(E)),
+                v_bytes = a2 * D::lines(g.input.c) * D::kLine * int64_t(sizeof(E));  // of a tile
+  const int rows = Products<E>::rows(K);
+  // Groups of one size take no more memory than the chunk's tiles, where these are a multiple of their number.
+  const auto whole = [&](int64_t chunk) {
+    return int(Products<E>::kEven ? chunk - chunk % ceil_div<int64_t>(chunk, rows) : chunk);
+  };
   const auto m_bytes = [&](int panels) { return a2 * min<int64_t>(panels * kPanel, K) * 4; };
   // A chunk is some register blocks of tiles. A filter that leaves room for V and M in the second-level cache stays there beside
   // two blocks, or one. A larger one each thread reads once per chunk, from afar: two blocks, whose V and M stay near; more where
@@ -192,14 +198,14 @@ Plan make_plan(const Geometry& g, int64_t tiles, int threads, int rows, int64_t 
   const int blocks = !large ? few : kSmallCache ? (deep ? 6 : 4) : (deep ? 4 : 2);
   const auto chunk = [&](int panels) {
     const int64_t bytes = v_bytes + m_bytes(panels) + (lstm ? g.tile * g.tile * K * 4 : 0);
-    return int(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(blocks) * rows));
+    return whole(min(max<int64_t>(1, kScratchPerThread / bytes), int64_t(blocks) * rows));
   };
   Plan p{chunk(1), 1, large && tiles < int64_t(threads) * 2 * rows, false};
   p.fetch_filter = p.joint || (large && p.chunk * v_bytes > kNearBytes);
   if (p.joint) {
     // The threads share V, but each has an M of the whole chunk.
     const int64_t shared = v_bytes / threads + m_bytes(1);
-    p.chunk = int(max<int64_t>(1, min<int64_t>(kScratchPerThread / shared, 8 * rows)));
+    p.chunk = whole(max<int64_t>(1, min<int64_t>(kScratchPerThread / shared, 8 * rows)));
   } else if (p.fetch_filter) {
     // As many panels at once as do not cost another pass over the filter: their M takes the place of tiles.
     const auto passes = [&](int chunk) { return ceil_div(tiles, int64_t(chunk) * threads); };
@@ -227,8 +233,7 @@ template <typename E>
 bool takes_weight_as(const Geometry& g, int threads) {
   if (g.input.n * g.out_h() * g.out_w() * g.out_channels * g.input.c == 0) return false;
   const int64_t tiles = Grid(g).tiles, panels = ceil_div<int64_t>(g.out_channels, kPanel);
-  const Plan plan =
-      make_plan(g, tiles, threads, Products<E>::rows(g.out_channels), sizeof(E), false);
+  const Plan plan = make_plan<E>(g, tiles, threads, false);
   return plan.joint && tiles <= plan.chunk && panels >= 4 * threads;
 }
 
@@ -412,7 +417,7 @@ Status forward_as(const ForwardParams& params, const Executor& executor) {
              0,      0, channel_blocks(g.input.c), Depth<E>::lines(g.input.c), 0,         false};
   if (job.grid.tiles == 0 || g.out_channels == 0) return Status::ok;
   job.rows = Products<E>::rows(g.out_channels);
-  Plan plan = make_plan(g, job.grid.tiles, executor.threads, job.rows, sizeof(E), params.lstm);
+  Plan plan = make_plan<E>(g, job.grid.tiles, executor.threads, params.lstm);
   plan.joint = plan.joint && !params.mean;
   const int64_t panels = ceil_div<int64_t>(g.out_channels, kPanel);
   int64_t chunks = ceil_div<int64_t>(job.grid.tiles, plan.chunk);
