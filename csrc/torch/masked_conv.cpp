@@ -50,11 +50,9 @@ Tensor masked_forward(const Tensor& input, const Tensor& list, const Tensor& pla
                       IntHeaderOnlyArrayRef dilation) {
   constexpr const char* op = "pywino::_masked_forward";
   check_dense(input, op, "input");
-  STD_TORCH_CHECK(kernel_size.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-                  ": kernel_size, padding and dilation must be two numbers each");
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(kernel_size[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1, op,
-                    ": padding must be >= 0, kernel_size and dilation >= 1");
+  check_pair(kernel_size, 1, op, "kernel_size");
+  check_pair(padding, 0, op, "padding");
+  check_pair(dilation, 1, op, "dilation");
   masked_conv::ForwardParams p;
   masked_conv::Geometry& g = p.geometry;
   g = {input.size(0),
@@ -80,9 +78,7 @@ Tensor masked_forward(const Tensor& input, const Tensor& list, const Tensor& pla
   STD_TORCH_CHECK(out_channels >= 1 && filter.scalar_type() == ScalarType::Float &&
                       filter.is_contiguous() && filter.numel() == masked_conv::filter_size(f),
                   op, ": the filter was packed for another weight or another instruction set");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
-                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
-                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
+  check_bias(bias, out_channels, op);
   Tensor output = empty_cpu({g.n, g.out_channels, g.h, g.w}, input.scalar_type(), g.channels_last);
   const int64_t count = list.numel();
   Tensor rows = empty_cpu({g.channels_last ? 0 : count * g.c}, ScalarType::Float, false);
@@ -102,8 +98,7 @@ Tensor masked_forward(const Tensor& input, const Tensor& list, const Tensor& pla
 winograd::Geometry tile_geometry(int64_t n, int64_t c, int64_t h, int64_t w, int64_t out_channels,
                                  int64_t tile, IntHeaderOnlyArrayRef dilation, const char* op) {
   STD_TORCH_CHECK(winograd::tile_exists(int(tile)), op, ": tile must be 2, 4 or 6, got ", tile);
-  STD_TORCH_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
-                  ": dilation must be two numbers >= 1");
+  check_pair(dilation, 1, op, "dilation");
   winograd::Geometry g = {};
   g.input = {n, c, h, w};
   g.out_channels = out_channels;
@@ -152,9 +147,7 @@ Tensor masked_tiles_forward(const Tensor& input, const Tensor& mask, const Tenso
       out_channels >= 1 && filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
           filter.numel() == winograd::filter_size(out_channels, g.input.c, g.tile, false),
       op, ": the filter was packed for another weight or another instruction set");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
-                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
-                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
+  check_bias(bias, out_channels, op);
   Tensor output = empty_cpu({g.input.n, out_channels, g.input.h, g.input.w}, input.scalar_type(),
                             g.channels_last);
   const winograd::Mask meets = {static_cast<const uint8_t*>(mask.const_data_ptr()), list, count};

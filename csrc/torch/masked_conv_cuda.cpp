@@ -15,9 +15,8 @@ Tensor forward(const Tensor& input, const Tensor& mask, const Tensor& filter,
                bool strict) {
   constexpr const char* op = "pywino::_masked_cuda_forward";
   check_dense(input, op, "input");
-  STD_TORCH_CHECK(padding.size() == 2 && dilation.size() == 2 && padding[0] >= 0 &&
-                      padding[1] >= 0 && dilation[0] >= 1 && dilation[1] >= 1,
-                  op, ": padding must be two numbers >= 0, dilation two >= 1");
+  check_pair(padding, 0, op, "padding");
+  check_pair(dilation, 1, op, "dilation");
   const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
   const int64_t size = input.element_size(), pitch = cuda::padded(c, size), pixels = n * h * w;
   STD_TORCH_CHECK(pixels > 0 && c > 0, op, ": the call is empty");
@@ -31,12 +30,8 @@ Tensor forward(const Tensor& input, const Tensor& mask, const Tensor& filter,
                       filter.dim() == 4 && filter.numel() > 0 && filter.size(3) == pitch,
                   op, ": filter must be (K, height, width, ", pitch, ") of input's dtype");
   check_same_device(input, filter, op, "filter");
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == filter.size(0) &&
-                        bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
-                    op, ": bias must be ", filter.size(0), " contiguous float32 numbers");
-    check_same_device(input, *bias, op, "bias");
-  }
+  check_bias(bias, filter.size(0), op);
+  if (bias) check_same_device(input, *bias, op, "bias");
   cuda::Forward p{};
   p.geometry = {n,
                 c,

@@ -41,12 +41,10 @@ sparse_conv::Geometry geometry_of(const Tensor& input, int64_t out_channels,
                                   IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
                                   const char* op) {
   check_dense(input, op, "input");
-  STD_TORCH_CHECK(
-      kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-      op, ": kernel_size, stride, padding and dilation must be two numbers each");
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                    op, ": padding must be >= 0, kernel_size, stride and dilation >= 1");
+  check_pair(kernel_size, 1, op, "kernel_size");
+  check_pair(stride, 1, op, "stride");
+  check_pair(padding, 0, op, "padding");
+  check_pair(dilation, 1, op, "dilation");
   const sparse_conv::Geometry g = {input.size(0),
                                    input.size(1),
                                    input.size(2),
@@ -82,9 +80,7 @@ Tensor sparse_forward(const Tensor& input, const Tensor& filter, const std::opti
                                g);
   STD_TORCH_CHECK(is_filter, op,
                   ": the filter was packed for another weight or another instruction set");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
-                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
-                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
+  check_bias(bias, out_channels, op);
   Tensor output =
       empty_cpu({g.n, g.out_channels, g.out_h(), g.out_w()}, input.scalar_type(), g.channels_last);
   p.input = input.const_data_ptr();

@@ -15,12 +15,10 @@ sparse_conv::Geometry geometry_of(const Tensor& input, const std::optional<Tenso
                                   int64_t out_channels, IntArray kernel_size, IntArray stride,
                                   IntArray padding, IntArray dilation, const char* op) {
   check_dense(input, op, "input");
-  STD_TORCH_CHECK(
-      kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-      op, ": kernel_size, stride, padding and dilation must be two numbers each");
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                    op, ": padding must be >= 0, kernel_size, stride and dilation >= 1");
+  check_pair(kernel_size, 1, op, "kernel_size");
+  check_pair(stride, 1, op, "stride");
+  check_pair(padding, 0, op, "padding");
+  check_pair(dilation, 1, op, "dilation");
   const sparse_conv::Geometry g = {
       input.size(0),  input.size(1),  input.size(2), input.size(3), out_channels,
       kernel_size[0], kernel_size[1], stride[0],     stride[1],     padding[0],
@@ -29,9 +27,7 @@ sparse_conv::Geometry geometry_of(const Tensor& input, const std::optional<Tenso
                       g.w + 2 * g.pad_w > g.dil_w * (g.kernel_w - 1) && input.numel() > 0 &&
                       out_channels > 0,
                   op, ": the output would be empty");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == out_channels &&
-                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
-                  op, ": bias must be ", out_channels, " contiguous float32 numbers");
+  check_bias(bias, out_channels, op);
   if (bias) check_same_device(input, *bias, op, "bias");
   return g;
 }

@@ -50,6 +50,19 @@ inline void check_dense(const Tensor& t, const char* op, const char* name) {
                   " must be a dense 4-d tensor, contiguous or channels_last");
 }
 
+// For rows and columns.
+inline void check_pair(torch::headeronly::IntHeaderOnlyArrayRef pair, int64_t least, const char* op,
+                       const char* name) {
+  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, op, ": ", name,
+                  " must be two numbers >= ", least);
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, int64_t count, const char* op) {
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == count &&
+                            bias->scalar_type() == ScalarType::Float && bias->is_contiguous()),
+                  op, ": bias must be ", count, " contiguous float32 numbers");
+}
+
 // Uninitialised, on the CPU. Large ones, of which glibc maps each anew, in huge pages: a first write costs one page fault for
 // 2 MB, not for 4 KB.
 inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype,

@@ -28,9 +28,8 @@ winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_
                                torch::headeronly::IntHeaderOnlyArrayRef dilation, const char* op) {
   check_dense(input, op, "input");
   STD_TORCH_CHECK(winograd::tile_exists(int(tile)), op, ": tile must be 2, 4 or 6, got ", tile);
-  STD_TORCH_CHECK(padding.size() == 2 && dilation.size() == 2 && padding[0] >= 0 &&
-                      padding[1] >= 0 && dilation[0] >= 1 && dilation[1] >= 1,
-                  op, ": padding must be two numbers >= 0, dilation two >= 1");
+  check_pair(padding, 0, op, "padding");
+  check_pair(dilation, 1, op, "dilation");
   winograd::Geometry g;
   g.input = {input.size(0), input.size(1), input.size(2), input.size(3)};
   g.out_channels = out_channels;
@@ -295,9 +294,7 @@ std::tuple<Tensor, Tensor> winograd_conv_lstm(const Tensor& input,
       filter.scalar_type() == ScalarType::Float && filter.is_contiguous() &&
           filter.numel() == winograd::filter_size(g.out_channels, g.input.c, g.tile, fast),
       op, ": the filter was packed for other channels, another tile or instructions");
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
-                            bias->numel() == 4 * channels),
-                  op, ": bias must be ", 4 * channels, " numbers in float32");
+  check_bias(bias, 4 * channels, op);
   const auto empty_state = [&] {
     return empty_cpu({g.input.n, channels, g.input.h, g.input.w}, ScalarType::Float, true);
   };

@@ -16,9 +16,8 @@ namespace cuda = winograd::cuda;
 winograd::Geometry geometry_of(const Tensor& input, int64_t out_channels, int64_t tile,
                                IntArray padding, IntArray dilation, const char* op) {
   check_dense(input, op, "input");
-  STD_TORCH_CHECK(padding.size() == 2 && dilation.size() == 2 && padding[0] >= 0 &&
-                      padding[1] >= 0 && dilation[0] >= 1 && dilation[1] >= 1,
-                  op, ": padding must be two numbers >= 0, dilation two >= 1");
+  check_pair(padding, 0, op, "padding");
+  check_pair(dilation, 1, op, "dilation");
   winograd::Geometry g;
   g.input = {input.size(0), input.size(1), input.size(2), input.size(3)};
   g.out_channels = out_channels;
@@ -387,10 +386,7 @@ std::tuple<Tensor, Tensor> conv_lstm(const Tensor& input, const std::optional<Te
       check_pixels(t, op, "hidden and cell");
       check_same_device(input, t, op, "hidden and cell");
     }
-  if (bias)
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
-                        bias->numel() == 4 * channels,
-                    op, ": bias must be ", 4 * channels, " contiguous numbers in float32");
+  check_bias(bias, 4 * channels, op);
   if (bias) check_same_device(input, *bias, op, "bias");
   const Launch launch(input, op, cuda::pywino_cuda_error);
   const auto empty_state = [&] {

@@ -74,9 +74,7 @@ def run(input, mask, weight, bias, padding, dilation, backend, filter_of):
         return dense_forward(input, mask, weight, bias, *where)
     if way == "tiles":
         return tiles_forward(input, mask, tiles, filter_of("tiles"), bias, len(weight), dilation)
-    size = tuple(weight.shape[2:])
-    pixels = _ops._masked_pixels.default(mask)
-    return native_forward(input, *pixels, filter_of("cpu"), bias, len(weight), size, *where)
+    return pixels_forward(input, mask, filter_of("cpu"), bias, weight, *where)
 
 
 def choose(input, mask, tiles, weight, padding, dilation, backend):
@@ -113,16 +111,14 @@ def choose(input, mask, tiles, weight, padding, dilation, backend):
 def _runs(weight, padding, dilation):
     """The kernels of the CPU as functions of input and mask."""
     weight = weight.detach()
-    size, where = tuple(weight.shape[2:]), (padding, dilation)
     # In the first call, which is not the quickest.
     filter_of = functools.cache(lambda name: pack(weight, name))
 
     def pixels(input, mask):
-        listed = _ops._masked_pixels.default(mask)
-        return native_forward(input, *listed, filter_of("cpu"), None, len(weight), size, *where)
+        return pixels_forward(input, mask, filter_of("cpu"), None, weight, padding, dilation)
 
     def tiles(input, mask):
-        listed, filter = tiles_of(mask, weight, *where), filter_of("tiles")
+        listed, filter = tiles_of(mask, weight, padding, dilation), filter_of("tiles")
         return tiles_forward(input, mask, listed, filter, None, len(weight), dilation)
 
     return {"pixels": pixels, "tiles": tiles}
@@ -210,13 +206,15 @@ def pack(weight, backend="cpu"):
     return filter.contiguous()
 
 
-def native_forward(input, list, place, filter, bias, out_channels, kernel_size, padding, dilation):
-    """`_masked_forward` on tensors as they come."""
+def pixels_forward(input, mask, filter, bias, weight, padding, dilation):
+    """`_masked_forward` on tensors as they come; of `weight` only the shape counts."""
     if bias is not None:
         bias = bias.float().contiguous()
+    out_channels, _, *kernel_size = weight.shape
+    pixels = _ops._masked_pixels.default(mask)
     where = (kernel_size, padding, dilation)
     return _ops._masked_forward.default(
-        _layout.dense(input), list, place, filter, bias, out_channels, *where
+        _layout.dense(input), *pixels, filter, bias, out_channels, *where
     )
 
 
