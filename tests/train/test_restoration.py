@@ -13,7 +13,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from pywino import losses
+from pywino import losses, models
 from pywino.cli.train import train
 from pywino.models import sapnet
 from pywino.train import (
@@ -447,6 +447,13 @@ def test_ablations_train(folder, tmp_path, monkeypatch, name):
 
     for loss in ("SegmentationLoss", "PerceptualContrastiveLoss", "PerceptualSimilarityLoss"):
         monkeypatch.setattr(losses, loss, Small)
+    trained = []
+
+    def build(*arguments):
+        trained.append(sapnet(*arguments))
+        return trained[-1]
+
+    monkeypatch.setattr(models, "sapnet", build)
     flags, (attention, dilation, terms) = ABLATIONS[name]
     flags = (*flags, *(f"--loss={term}" for term in terms.split()), "--trunk=t", "--vgg=v")
     result = run("--data", folder, "--out", tmp_path / "run", *SMALL, *flags)
@@ -456,6 +463,9 @@ def test_ablations_train(folder, tmp_path, monkeypatch, name):
     found = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert found["schedule"] == ("constant" if "constant" in flags else "steps")
     assert found["dilation"] == ([1] * 5 if dilation else [1, 2, 4, 8, 16])
+    (net,) = trained
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {m.dilation[0] for m in convolutions} == set(found["dilation"])
     own = sapnet(attention, found["dilation"], weights=tmp_path / "run" / "last.safetensors")
     before = sapnet(attention).state_dict()
     assert own.state_dict().keys() == before.keys()
