@@ -644,21 +644,22 @@ def scratch_of(run):
 )
 @pytest.mark.parametrize("tile", TILES)
 def test_scratch_is_bounded(tile, c, k, size, channels_last):
-    """docs/design.md: 4 MB a thread, rounded up to whole huge pages of 2 MB, in each of two slots;
-    the weight gradient's accumulators besides."""
+    """docs/design.md: 4 MB a thread in its two slots (positions lie an odd number of lines apart:
+    1 % more); the weight gradient's accumulators besides, in whole huge pages of 2 MB."""
     x, w = torch.randn(1, c, size, size), torch.randn(k, c, 3, 3)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     choice = {"backend": "cpu", "algorithm": f"f{tile}"}
+    most = (4 << 20) + (64 << 10)
     forward = scratch_of(lambda: conv(x, w, **choice))
-    assert 0 < forward <= 6 << 20
+    assert 0 < forward <= most
     fast = scratch_of(lambda: conv(x, w, **choice, precision="fast"))
-    assert 0 < fast <= 6 << 20
+    assert 0 < fast <= most
     x.requires_grad_()
     w.requires_grad_()
     both = scratch_of(lambda: conv(x, w, **choice).sum().backward())
     accumulators = 4 * (tile + 2) ** 2 * 128 * 128
-    assert forward <= both <= (6 << 20) + accumulators + (2 << 20)
+    assert forward <= both <= most + accumulators + (2 << 20)
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "f2", "f4", "f6"])
