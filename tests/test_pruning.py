@@ -289,10 +289,37 @@ def test_a_dense_checkpoint_into_a_pruned_model():
     pruner.step()
     with pytest.raises(RuntimeError, match=r"'0'.*first in filter \d+: a dense checkpoint"):
         model.load_state_dict(net().state_dict())
+    assert zeros(model[0].weight) == pytest.approx(0.5, abs=0.01)  # nothing of it is there
     pruner.finalize()
     dense = net()
     model.load_state_dict(dense.state_dict())  # the right result: dense weights
     assert torch.equal(model[3].weight, dense[3].weight)
+
+
+def test_new_parameters_are_masked_too():
+    model = net()
+    pruner = Pruner(model, Magnitude(0.5))
+    pruner.step()
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    for name, mask in pruner.masks.items():
+        grad = model.get_submodule(name).weight.grad
+        assert grad.count_nonzero() > 0
+        assert grad[~mask].count_nonzero() == 0
+
+
+def test_back_to_an_earlier_checkpoint():
+    model = net()
+    pruner = Pruner(model, Magnitude(0.8), [0.5, 0.8])
+    pruner.step()
+    weights, state = copy.deepcopy(model.state_dict()), pruner.state_dict()
+    pruner.step()
+    with pytest.raises(RuntimeError, match="an earlier one, the Pruner's state first"):
+        model.load_state_dict(weights)
+    pruner.load_state_dict(state)
+    model.load_state_dict(weights)
+    assert zeros(model[0].weight) == pytest.approx(0.5, abs=0.01)
+    assert pruner.position == 1
 
 
 def test_masks_into_a_dense_model():

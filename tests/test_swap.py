@@ -1320,6 +1320,42 @@ def test_fuse_leaves_modules_with_hooks():
     assert last_report(net)["2"].reason == "the ReLU after it has hooks"
 
 
+def test_fuse_calls_the_hooks_of_an_identity():
+    net = pywino.swap_(nn.Sequential(conv(), nn.Identity(), nn.ReLU())).eval()
+    seen, x = [], images(channels=4)
+    net[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        before = net(x)
+        close(pywino.fuse_(net)(x), before)
+    close(seen[1], seen[0])
+
+
+def test_fuse_leaves_a_norm_that_is_read_elsewhere():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = conv(), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)), self.bn.weight.abs().sum()
+
+    net = pywino.swap_(Reads()).eval()
+    before, x = net.bn, images(channels=4)
+    pywino.fuse_(net)
+    assert net.bn is before
+    assert "BatchNorm after it are read elsewhere" in last_report(net)["conv"].reason
+    net(x)
+
+
+def test_swap_of_layers_on_the_meta_device():
+    with torch.device("meta"):
+        net = nn.Sequential(conv(), nn.ReLU(), conv(kernel_size=1, padding=0))
+    pywino.swap_(net)
+    assert [type(m) for m in net] == [pywino.WinogradConv2d, nn.ReLU, nn.Conv2d]
+    pywino.swap_(net, pywino.Sparse())
+    assert "meta device" in last_report(net)["2"].reason
+
+
 def test_fuse_leaves_a_shared_relu_to_others():
     act = nn.ReLU()
     net = nn.Sequential(nn.Sequential(conv(), act), nn.Sequential(nn.BatchNorm2d(4), act))

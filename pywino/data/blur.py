@@ -128,9 +128,10 @@ def _kernels(path: Tensor, size: int) -> Tensor:
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
     """(N, C, H, W) images, each blurred by its kernel of (N, k, k): (N, C, H, W). The images go on
     beyond their edges as their outermost pixels do."""
-    if images.ndim != 4 or kernels.ndim != 3 or len(images) != len(kernels):
+    square = kernels.ndim == 3 and kernels.shape[1] == kernels.shape[2] and kernels.shape[1] % 2
+    if images.ndim != 4 or not square or len(images) != len(kernels):
         raise ValueError(
-            "pywino.data.blur: images must be (N, C, H, W) and kernels (N, k, k), got "
+            "pywino.data.blur: images must be (N, C, H, W) and kernels (N, k, k), k odd, got "
             f"{tuple(images.shape)} and {tuple(kernels.shape)}"
         )
     side = kernels.shape[-1]

@@ -65,7 +65,7 @@ def decoded(
 ) -> np.ndarray:
     """(C, H, W) bytes of a picture's file. `path` is for errors."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise RuntimeError(
             "pywino.data: decoding pictures needs Pillow; type `pip install pillow`"
@@ -75,6 +75,9 @@ def decoded(
             # A few bytes that unpack to gigabytes only warn by default.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):  # convert() would cut it at 255
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
                 image = image.convert(mode)
                 if size is not None and image.size != size[::-1]:
                     image = image.resize(size[::-1])

@@ -16,7 +16,9 @@ def _refuse(op, text, error=RuntimeError):
 
 def autocasts(input):
     """Whether autocast gives a convolution of `input` another dtype."""
-    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    device = input.device.type
+    able = torch.amp.is_autocast_available(device)  # "meta", for one, is not
+    return able and torch.is_autocast_enabled(device) and input.dtype != torch.float64
 
 
 def check_choice(op, backend, algorithm="auto", precision="default", activation=None):

@@ -252,9 +252,14 @@ class DynamicBatchController:
         return self.optimizer.unlimited_batch_size(lr, momentum) <= largest
 
     def _set(self):
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        first = groups[0]["base_momentum"]
+        # 1 - m of all groups by one factor, as eta.
+        change = 1 - (1 - self._momentum) / (1 - first)
+        for group in groups:
+            base = group["base_momentum"]
             group["lr"] = self._factor * group["base_lr"]
-            group["momentum"] = self._momentum
+            group["momentum"] = self._momentum if base == first else base + (1 - base) * change
 
     def _agreed(self, accuracy):
         if not (dist.is_available() and dist.is_initialized()):

@@ -85,8 +85,12 @@ class Pruner:
         self._layers = layers
         self._hooked: dict[str, tuple] = {}  # name -> (weakref to the Parameter, hook)
         self._guards = [
-            module.register_load_state_dict_post_hook(_Guard(self, name))
+            handle
             for name, module in layers.items()
+            for handle in (
+                module.register_load_state_dict_pre_hook(_Guard(self, name)),
+                module.register_load_state_dict_post_hook(_Follow(self)),
+            )
         ]
         self._finalized = False
 
@@ -225,7 +229,7 @@ class Pruner:
             )
         self._check_masks("load_state_dict", masks)
         for name, mask in masks.items():
-            self._check_zeros("load_state_dict", name, mask)
+            self._check_zeros("load_state_dict", name, mask, self._weight(name))
         self.masks = {
             name: mask.to(self._weight(name).device, copy=True) for name, mask in masks.items()
         }
@@ -280,37 +284,51 @@ class Pruner:
                     f"weight's shape, got {tuple(mask.shape)}; expand it"
                 )
 
-    def _check_zeros(self, function: str, name: str, mask: Tensor) -> None:
-        weight = self._weight(name)
+    def _check_zeros(self, function: str, name: str, mask: Tensor, weight: Tensor) -> None:
         pruned = (weight != 0) & ~mask.to(weight.device)
         if pruned.any():
             k = int(pruned.flatten(1).any(1).nonzero()[0])
             raise RuntimeError(
                 f"pywino.pruning.Pruner.{function}: the weights of {name!r} must be zero where its "
                 f"mask has pruned, got others, first in filter {k}: a dense checkpoint in a pruned "
-                "model. Load the pruned model's own checkpoint first, or finalize() this Pruner "
-                "to train the model dense"
+                "model. Load the pruned model's own checkpoint first (to go back to an earlier "
+                "one, the Pruner's state first), or finalize() this Pruner to train the model dense"
             )
 
 
-class _Guard:
-    """Refuses a checkpoint that an active Pruner's masks would silently zero. A copy or pickle of
-    the layer belongs to no Pruner."""
+class _Follow:
+    """Has new Parameters (`load_state_dict(assign=True)`) masked as the old ones were. A copy or
+    pickle of the layer belongs to no Pruner."""
 
-    def __init__(self, pruner: Pruner | None = None, name: str = ""):
+    def __init__(self, pruner: Pruner | None = None):
         self.pruner = weakref.ref(pruner) if pruner is not None else lambda: None
-        self.name = name
 
     def __call__(self, module, incompatible_keys) -> None:
-        pruner = self.pruner()
-        if pruner is not None and self.name in pruner.masks:
-            pruner._check_zeros("load_state_dict of the model", self.name, pruner.masks[self.name])
+        if (pruner := self.pruner()) is not None:
+            pruner._hold()
 
     def __deepcopy__(self, memo):
-        return _Guard()
+        return type(self)()
 
     def __reduce__(self):
-        return _Guard, ()
+        return type(self), ()
+
+
+class _Guard(_Follow):
+    """Refuses a checkpoint that an active Pruner's masks would silently zero, before anything of
+    it is in the layer."""
+
+    def __init__(self, pruner: Pruner | None = None, name: str = ""):
+        super().__init__(pruner)
+        self.name = name
+
+    def __call__(self, module, state_dict, prefix, *_) -> None:
+        pruner = self.pruner()
+        if pruner is None or self.name not in pruner.masks:
+            return
+        weight, mask = state_dict.get(prefix + _weight_key(module)), pruner.masks[self.name]
+        if isinstance(weight, Tensor) and weight.shape == mask.shape:  # else PyTorch has its error
+            pruner._check_zeros("load_state_dict of the model", self.name, mask, weight)
 
 
 def _watch_optimizers() -> None:

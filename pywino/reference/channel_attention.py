@@ -52,4 +52,4 @@ def gradients(grad, x, mean, gate, w1, w2, w3, b1, activation):
     dz = (du @ w2 * (_add(mean @ w1.T, b1) > 0)) @ w1
     if w3 is not None:
         dz = dz + du @ w3
-    return grad * g + (dz / x[0, 0].numel())[:, :, None, None], du
+    return grad * g + (dz / (x.shape[2] * x.shape[3]))[:, :, None, None], du

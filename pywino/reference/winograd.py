@@ -199,7 +199,8 @@ def _transformed_grad(grad, size, padding, dilation, tile):
     (rows, _), (columns, _) = _grid(size, padding, dilation, tile)
     height, width = (rows - 2) * dilation[0], (columns - 2) * dilation[1]
     y = F.pad(grad, (0, width - grad.shape[3], 0, height - grad.shape[2]))
-    y = y.reshape(*y.shape[:2], -1, tile, dilation[0], (columns - 2) // tile, tile, dilation[1])
+    tiles = (rows - 2) // tile, (columns - 2) // tile
+    y = y.reshape(*y.shape[:2], tiles[0], tile, dilation[0], tiles[1], tile, dilation[1])
     return torch.einsum("pa,nktpruqs,qb->nktrusab", at, y, at)
 
 

@@ -181,10 +181,13 @@ def refuse_conv(conv: nn.Module) -> str | None:
     return None
 
 
+_BEFORE_SCRIPTING = "swap the module it was made from, then trace or export that"
+
+
 def _refuse_module(conv: nn.Module) -> str | None:
     """Why a module is no plain convolution of one group; None: it is."""
     if isinstance(conv, torch.jit.ScriptModule):
-        return "it is TorchScript; swap before scripting"
+        return f"it is TorchScript; {_BEFORE_SCRIPTING}"
     if parametrize.is_parametrized(conv):
         names = ", ".join(conv.parametrizations)
         remedy = "torch.nn.utils.parametrize.remove_parametrizations"
@@ -374,6 +377,10 @@ register(
 def _refuse_sparse(conv: nn.Module, config: Sparse) -> str | None:
     if reason := _refuse_module(conv):
         return reason
+    if conv.weight.is_meta:
+        return "its weights are on the meta device"
+    if conv.weight.numel() == 0:
+        return "it has no weights"
     zeros = 1 - int(conv.weight.count_nonzero()) / conv.weight.numel()
     if zeros < config.least:
         return f"{zeros:.0%} of its weights are zero, fewer than {config.least:.0%}"
@@ -470,15 +477,25 @@ def _make_gate(gate: nn.Module, config: Attention) -> ChannelResidualAttention:
 
 def _refuse_gate(gate: nn.Module, config: Attention) -> str | None:
     if isinstance(gate, torch.jit.ScriptModule):
-        return "it is TorchScript; swap before scripting"
+        return f"it is TorchScript; {_BEFORE_SCRIPTING}"
     if "forward" in vars(gate):
         return "another forward is bound to it"
+    if any(parameter.is_meta for parameter in gate.parameters()):
+        return "its weights are on the meta device"
     inside = [module for module in gate.modules() if module is not gate]
     if any(parametrize.is_parametrized(module) for module in inside):
         return "a layer in it is parametrized"
     if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
         return "a layer in it has hooks, which would not be called"
-    probe = copy.deepcopy(gate).to("cpu", torch.float64)
+    with torch.random.fork_rng(devices=()):
+        for training in (True, False):  # one way may have dropout
+            if reason := _refuse_function(gate, config, training):
+                return reason
+    return None
+
+
+def _refuse_function(gate: nn.Module, config: Attention, training: bool) -> str | None:
+    probe = copy.deepcopy(gate).to("cpu", torch.float64).train(training)
     layer = _make_gate(probe, config)
     channels = layer.layers()[1].weight.shape[0]
     generator = torch.Generator().manual_seed(0)

@@ -473,6 +473,8 @@ def _fuse_one(
             return fused, f"the {norm} after it has no running statistics"
         if _has_hooks(bn):
             return fused, f"the {norm} after it has hooks"
+        if id(bn) in survey.read:
+            return fused, f"the parameters of the {norm} after it are read elsewhere"
         if survey.called_once(bn):
             edits.replace(bn, nn.Identity().train(bn.training))
             chain.append(after)
@@ -557,7 +559,10 @@ def _not_plain(conv: nn.Conv2d) -> str | None:
 
 def _skip_identities(block: _Block, chain: list[fx.Node]) -> fx.Node | None:
     """The one user of the chain's output that is no Identity; those in between join the chain."""
-    while (after := _sole_user(chain[-1])) is not None and type(block.child(after)) is nn.Identity:
+    while (after := _sole_user(chain[-1])) is not None:
+        child = block.child(after)
+        if type(child) is not nn.Identity or _has_hooks(child):
+            break
         chain.append(after)
     return after
 

@@ -123,6 +123,8 @@ def test_averaged_frames(tmp_path):
         (lambda: linear_kernels(torch.ones(1), torch.ones(1), size=0), "linear_kernels: size"),
         (lambda: trajectory_kernels(1, length=(5, 2)), "trajectory_kernels: length must be two"),
         (lambda: blur(torch.ones(2, 3, 8, 8), torch.ones(1, 3, 3)), "blur: images must be"),
+        (lambda: blur(torch.ones(1, 3, 8, 8), torch.ones(1, 3, 5)), "k odd, got"),
+        (lambda: blur(torch.ones(1, 3, 8, 8), torch.ones(1, 4, 4)), "k odd, got"),
         (lambda: next(averaged_frames("x.avi", 4)), "averaged_frames: count must be odd"),
     ],
 )

@@ -68,6 +68,24 @@ def test_a_list_of_files(tmp_path):
     assert photos(paths).names == [str(path) for path in paths]
 
 
+def test_photos_are_upright(tmp_path):
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :24] = 255
+    lying = image.fromarray(pixels)
+    exif = lying.getexif()
+    exif[0x112] = 6  # to be turned by 90 degrees, clockwise
+    lying.save(tmp_path / "a.png", exif=exif)
+    expected = np.rot90(pixels, -1).transpose(2, 0, 1).copy()
+    assert torch.equal(photos(tmp_path / "a.png")[0], torch.from_numpy(expected))
+
+
+def test_grey_of_16_bits(tmp_path):
+    values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    image.fromarray(values).save(tmp_path / "a.png")
+    found = photos(tmp_path / "a.png")[0]
+    assert torch.equal(found, torch.from_numpy((values // 257).astype(np.uint8)).expand(3, -1, -1))
+
+
 def test_what_is_kept_decoded_is_bounded(tmp_path):
     reads = []
 

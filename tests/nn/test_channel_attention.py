@@ -51,6 +51,12 @@ class Maximum(Convolutional):
         return x * self.scale(self.fc2(self.activation(self.fc1(x.amax((2, 3), keepdim=True)))))
 
 
+class Dropout(Convolutional):
+    def forward(self, x):
+        z = nn.functional.dropout(x, 0.5, self.training)
+        return x * self.scale(self.fc2(self.activation(self.fc1(self.avgpool(z)))))
+
+
 class TwoArguments(Convolutional):
     def forward(self, x, y):
         return super().forward(x) + y
@@ -82,6 +88,8 @@ def test_swap_and_back(make):
     [
         (lambda: Around(), "something else"),
         (lambda: Maximum(), "something else"),
+        (lambda: Dropout().eval(), "something else"),
+        (lambda: SE().to("meta"), "meta device"),
         (lambda: TwoArguments(), "cannot be called with an image alone"),
     ],
 )

@@ -746,6 +746,30 @@ def test_checkpoints_of_the_other_domain_say_so(conv, domain_layer):
         conv.load_state_dict(domain_layer.state_dict())
 
 
+@pytest.mark.parametrize(
+    "make", [WinogradReLUConv2d, lambda *n: WinogradConv2d(*n, 3, domain="winograd")]
+)
+def test_empty_batches_in_the_winograd_domain(make):
+    layer, empty = make(16, 24), torch.randn(0, 16, 9, 8, requires_grad=True)
+    layer(empty).sum().backward()
+    assert empty.grad.shape == empty.shape
+    assert all(p.grad.count_nonzero() == 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WinogradConv2d(4, 4, 3),
+        lambda: WinogradConv2d(4, 4, 3, domain="winograd"),
+        lambda: WinogradReLUConv2d(4, 4, padding=0),
+        lambda: pywino.SparseConv2d(4, 4, 3),
+    ],
+)
+def test_layers_on_the_meta_device(make):
+    x = torch.randn(1, 4, 5, 6, device="meta")
+    assert make().to("meta")(x).shape == (1, 4, 3, 4)
+
+
 def test_layers_that_stay_in_space():
     for arguments, match in (
         ({"kernel_size": 5, "domain": "winograd"}, "3x3 kernel"),

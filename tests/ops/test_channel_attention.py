@@ -206,7 +206,11 @@ def test_empty_batch_sliced_and_unbatched(backend):
     arguments = tensors((3, 6, 10, 11))
     whole = attention(arguments, "relu", "relu", backend=backend)
     empty = [t[:0] if t.dim() == 4 else t for t in arguments]
-    assert attention(empty, backend=backend).shape == (0, 6, 10, 11)
+    empty[0].requires_grad_()
+    output = attention(empty, backend=backend)
+    assert output.shape == (0, 6, 10, 11)
+    output.sum().backward()
+    assert empty[0].grad.shape == empty[0].shape
     one = [t[1] if t.dim() == 4 else t for t in arguments]
     torch.testing.assert_close(attention(one, "relu", "relu", backend=backend), whole[1])
     strided = list(arguments)
