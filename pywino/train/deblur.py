@@ -6,7 +6,7 @@
 L_C is the mean squared error of pixels in -1..1, L_P that of VGG's features, L_A the relativistic
 average least-squares GAN of a global and a local discriminator, their mean, and L_D a detector's
 loss. Two phases: "content" trains on L_C alone; "whole" goes on from its weights with all four,
-of which L_P and L_D take part where a file is given for them.
+of which L_P and L_D take part where a file is given for them, and L_A unless it is turned off.
 
 The norms. Crops of 128 pixels have other statistics than photos, and a norm that takes a photo's
 own makes its parts depend on one another. So the running statistics are gathered once, in the first
@@ -135,6 +135,7 @@ class DeblurRecipe(RestorationRecipe):
     encoder: str | None = option(None, "MobileNetV2's file (torchvision's), to start from.")
     freeze_encoder: bool = option(False, "Leave the encoder as it is.")
     dilation: int = option(2, "Of the top-down convolutions; 1 is DeblurGAN-v2.")
+    adversarial: bool = option(True, "L_A, of two discriminators: most of what a step costs.")
     all_stride2: bool = option(False, "Stride 2 in all of the discriminators' convolutions.")
     vgg: str | None = option(None, "VGG-16's file, for L_P.")
     detector: str | None = option(
@@ -193,6 +194,7 @@ class DeblurRecipe(RestorationRecipe):
                     models.patch_discriminator(layers, all_stride2=self.all_stride2)
                 )
                 for name, layers in (("global", 5), ("local", 3))
+                if self.adversarial
             }
         return DeblurLearner(
             net, self.optimize(net), terms, critics, self.lr, self.balance, self.clip

@@ -244,6 +244,16 @@ def test_whole_loss(files, tmp_path):
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
 
 
+def test_without_discriminators(files):
+    one = recipe(
+        phase="whole", init=str(files / "start.safetensors"), adversarial=False,
+        detector=str(files / "detector.safetensors"),
+    )  # fmt: skip
+    learner = one.build()
+    assert list(learner.networks) == ["model"]
+    assert set(learner.step(*a_batch(one))) == {"content", "detection"}
+
+
 def test_all_goes_to_the_device(files):
     """The networks, and what judges: a run on a GPU needs both there."""
     one = recipe(
