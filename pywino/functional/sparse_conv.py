@@ -2,9 +2,8 @@
 """`sparse_conv2d`: a convolution that skips the zeros of its weight."""
 
 import torch
-from torch import Tensor, get_autocast_dtype
-from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
-from torch.autograd import forward_ad
+from torch import get_autocast_dtype
+from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 
 from pywino.functional._checks import (
@@ -14,10 +13,9 @@ from pywino.functional._checks import (
     check_geometry,
     check_tensors,
 )
+from pywino.functional._eager import is_plain, wants_gradients
 from pywino.ops import _layout
 from pywino.ops import sparse_conv as ops
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def sparse_conv2d(
@@ -90,20 +88,10 @@ def run_sparse_conv2d(
         if not (is_batchedtensor(input) or is_batchedtensor(weight)):
             input = _layout.following(input, weight)
         return torch.ops.pywino.sparse_conv2d(input, weight, bias, *where, backend, kept)
-    plain = (
-        type(input) is Tensor
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
-    if not plain:
+    if not is_plain(input, weight, bias):
         return F.conv2d(input, weight, bias, *where)
     input = _layout.following(input, weight)
-    trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bias)
-    )
-    if trains or cache is None:
+    if cache is None or wants_gradients(input, weight, bias):
         return torch.ops.pywino.sparse_conv2d.default(input, weight, bias, *where, backend, kept)
     if autocasts(input):
         dtype = get_autocast_dtype(input.device.type)

@@ -658,6 +658,14 @@ def test_layer_is_conv2d(padding_mode):
     torch.testing.assert_close(twin(input), dense(input), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_is_traced():
+    layer, x = pywino.SparseConv2d(4, 6, 3, padding=1).eval(), torch.randn(1, 4, 8, 9)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        other = torch.randn(2, 4, 11, 7)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
 @pytest.mark.native
 def test_the_filter_is_packed_once_a_version(monkeypatch):
     dense, sparse = layers()
