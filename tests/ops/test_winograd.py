@@ -643,7 +643,7 @@ def scratch_of(run):
     ("c", "k", "size"), [(16, 16, 60), (64, 640, 30), (512, 512, 14), (512, 272, 34), (1536, 64, 9)]
 )
 @pytest.mark.parametrize("tile", TILES)
-def test_scratch_is_bounded(tile, c, k, size, channels_last):
+def test_scratch_is_bounded(isa, tile, c, k, size, channels_last):
     """docs/design.md: 4 MB a thread in its two slots (positions lie an odd number of lines apart:
     1 % more); the weight gradient's accumulators besides, in whole huge pages of 2 MB."""
     x, w = torch.randn(1, c, size, size), torch.randn(k, c, 3, 3)
