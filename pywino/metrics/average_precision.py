@@ -36,6 +36,12 @@ def average_precision(
             "pywino.metrics.average_precision: found must be one an image "
             f"({len(targets)}), got {len(found)}"
         )
+    for name, labels in (
+        ("found", [one[2] for one in found]),
+        ("targets", [boxes[boxes[:, 4] >= 0, 4] for boxes in targets]),
+    ):
+        for image, of_image in enumerate(labels):
+            _check_classes(f"{name}[{image}]", of_image, len(classes))
     truths, answers = [], []
     for image, (one, boxes) in enumerate(zip(found, targets), 1):
         for box in boxes[boxes[:, 4] >= 0].tolist():
@@ -70,6 +76,15 @@ def average_precision(
         "objects": len(truths),
         "classes": dict(zip(classes, of_class)),
     }
+
+
+def _check_classes(name, labels, count):
+    wrong = labels[(labels < 0) | (labels >= count)]
+    if wrong.numel():
+        raise ValueError(
+            f"pywino.metrics.average_precision: {name} must have classes in 0 to {count - 1}, got "
+            f"{int(wrong[0])}; classes must name each of them"
+        )
 
 
 def _annotation(image, box, label):

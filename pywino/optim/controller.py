@@ -93,6 +93,11 @@ class DynamicBatchController:
         patience: int = 5,
         decay: float = 0.1,
     ):
+        if not isinstance(optimizer, DynamicBatchSGDM):
+            raise TypeError(
+                "pywino.optim.DynamicBatchController: optimizer must be a DynamicBatchSGDM, got "
+                f"{type(optimizer).__name__}; its batch size is what the controller grows"
+            )
         for name, value in (("epochs", epochs), ("every", every), ("patience", patience)):
             _require(isinstance(value, int) and value >= 1, name, "an integer >= 1", value)
         _require(0 <= warmup < 1, "warmup", "in [0, 1)", warmup)

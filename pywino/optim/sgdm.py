@@ -84,14 +84,6 @@ class DynamicBatchSGDM(Optimizer):
         foreach: bool | None = None,
         fused: bool = False,
     ):
-        _require(math.isfinite(lr) and lr > 0, "lr", "a finite number above 0", lr)
-        _require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
-        _require(
-            math.isfinite(weight_decay) and weight_decay >= 0,
-            "weight_decay",
-            "a finite number, at least 0",
-            weight_decay,
-        )
         batch_size = 128 if batch_size is None else batch_size
         _require(
             isinstance(batch_size, int) and batch_size >= 1,
@@ -100,12 +92,6 @@ class DynamicBatchSGDM(Optimizer):
             batch_size,
         )
         _require_capacity(capacity)
-        if fused and (nesterov or foreach):
-            what = "nesterov" if nesterov else "foreach"
-            raise ValueError(
-                f"pywino.optim.DynamicBatchSGDM: fused=True must be without {what}=True; "
-                "use foreach=True with fused=False"
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -114,12 +100,14 @@ class DynamicBatchSGDM(Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
+        _require_options(defaults)
         super().__init__(params, defaults)
         self._base_batch_size = batch_size
         self._batch_size = batch_size
         self._capacity = capacity
 
     def add_param_group(self, param_group):
+        _require_options(self.defaults | param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("base_lr", group["lr"])
@@ -292,6 +280,21 @@ def _fused(params, grads, buffers, group):
 def _require(good, argument, must, got):
     if not good:
         raise ValueError(f"pywino.optim.DynamicBatchSGDM: {argument} must be {must}, got {got!r}")
+
+
+def _require_options(group):
+    """What a group may ask for: B of Algorithm 1 divides by eta_0 and by 1 - m."""
+    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    _require(math.isfinite(lr) and lr > 0, "lr", "a finite number above 0", lr)
+    _require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
+    good = math.isfinite(decay) and decay >= 0
+    _require(good, "weight_decay", "a finite number, at least 0", decay)
+    if group["fused"] and (group["nesterov"] or group["foreach"]):
+        what = "nesterov" if group["nesterov"] else "foreach"
+        raise ValueError(
+            f"pywino.optim.DynamicBatchSGDM: fused=True must be without {what}=True; "
+            "use foreach=True with fused=False"
+        )
 
 
 def _require_capacity(value):

@@ -232,12 +232,27 @@ def total(value: Tensor, ranks: int) -> Tensor:
     return value
 
 
+def _device(device: torch.device | str) -> torch.device:
+    """cpu or a GPU that is there, else a ValueError that says so."""
+    try:
+        known = torch.device(device)
+    except RuntimeError:  # torch's own message lists twenty types
+        known = None
+    if known is None or known.type not in ("cpu", "cuda"):
+        raise ValueError(f"pywino.train: device must be cpu or cuda, got {str(device)!r}")
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        must = f"cuda:0 to cuda:{count - 1}" if count else "cpu, as torch finds no GPU here"
+        raise ValueError(f"pywino.train: device must be {must}, got {str(device)!r}")
+    return known
+
+
 @contextlib.contextmanager
 def connected(
     device: torch.device | str, timeout_seconds: float
 ) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, ranks, this rank's device), connected where torchrun has started several."""
-    device = torch.device(device)
+    device = _device(device)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1 or dist.is_initialized():
         started = dist.is_available() and dist.is_initialized()

@@ -91,6 +91,10 @@ def test_padding_and_nothing():
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match=r"found must be one an image \(1\), got 0"):
         score([], [truth()])
+    with pytest.raises(ValueError, match=r"targets\[1\] must have classes in 0 to 1, got 2"):
+        score([found(), found()], [truth((BOX, 1)), truth((BOX, 2))])
+    with pytest.raises(ValueError, match=r"found\[0\] must have classes in 0 to 1, got -1"):
+        score([found((BOX, 0.9, -1))], [truth((BOX, 0))])
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(RuntimeError, match="needs faster-coco-eval"):
         score([found()], [truth()])

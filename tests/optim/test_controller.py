@@ -283,3 +283,9 @@ def test_accuracy_must_be_finite(accuracy):
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         setup(**options)
+
+
+def test_another_optimizer_is_refused():
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(TypeError, match="optimizer must be a DynamicBatchSGDM, got SGD"):
+        DynamicBatchController(sgd, epochs=4)

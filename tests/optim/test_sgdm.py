@@ -226,6 +226,27 @@ def test_refusals(options, message):
         DynamicBatchSGDM(parameters(), **({"lr": 0.1} | options))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr must be a finite number above 0, got 0.0"),
+        ({"lr": -1.0}, "lr must be a finite number above 0, got -1.0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number"),
+        ({"fused": True, "nesterov": True}, "fused=True must be without nesterov=True"),
+    ],
+)
+def test_refusals_in_a_group(options, message):
+    """A group's own options are checked as the defaults are, at once and when it comes later."""
+    first, *others = parameters()
+    with pytest.raises(ValueError, match=message):
+        DynamicBatchSGDM([{"params": [first], **options}, {"params": others}], lr=0.1)
+    optimizer = DynamicBatchSGDM([first], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": others, **options})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_sparse_gradients_are_refused():
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()

@@ -131,6 +131,26 @@ def test_config_files_that_are_refused(tmp_path, text, message):
         Recipe.from_toml(config)
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("nope", "device must be cpu or cuda, got 'nope'"),
+        pytest.param(
+            "cuda",
+            "device must be cpu, as torch finds no GPU here, got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_devices_that_are_refused(pictures, tmp_path, device, message):
+    result = run(
+        "--data", "folder", "--root", pictures, "--out", tmp_path / "run", "--device", device
+    )
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
 def test_missing_data(tmp_path):
     result = run("--root", tmp_path, "--out", tmp_path / "run")
     assert result.exit_code == 1
