@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import pywino.ops._winograd_domain  # noqa: F401  defines the op
 from pywino import _native as native
 from pywino import testing
 from pywino.ops import _winograd_zeros as domain
@@ -160,21 +161,37 @@ def test_nothing_is_kept(how):
 
 
 @pytest.mark.native
-def test_neighbouring_lists_are_of_like_length():
-    """A loop that runs as often as before is predicted: 64 output channels are sorted at a time."""
-    weight = pruned(torch.randn(100, 6, 4, 4), "unstructured", 0.5)
+def test_the_ends_of_four_lists_are_not_read():
+    """Four output channels are multiplied together, up to the longest: the others do not multiply
+    what they have no weight for."""
+    input, weight = torch.randn(1, 40, 9, 9), torch.randn(6, 40, 6, 6)
+    weight[1:3, 3:] = 0  # three weights a position, beside forty
+    weight[5, 8] = 0
+    where = (torch.randn(6), (1, 1), (1, 1), 4, "unstructured")
+    expected = kernel(input, weight, *where)
+    input[:, 8] = torch.nan
+    actual = kernel(input, weight, *where)
+    assert torch.equal(actual[:, (1, 2, 5)], expected[:, (1, 2, 5)])
+    assert actual[:, (0, 3, 4)].isnan().any((0, 2, 3)).all()
+
+
+@pytest.mark.native
+def test_four_lists_are_of_like_length():
+    """64 output channels are sorted at a time, so that four neighbours have few zeros to add."""
+    weight = pruned(torch.randn(102, 6, 4, 4), "unstructured", 0.5)
     packed = ops._winograd_sparse_pack(weight, 2, False, False)
-    lists = 16 * 100
-    starts, rows = packed[16 : 16 + lists + 1], packed[16 + lists + 1 :][:lists]
-    lengths, rows = starts.diff().view(16, 100), rows.view(16, 100)
-    kept = (weight != 0).sum(1).flatten(1).T
-    for first, last in ((0, 64), (64, 100)):
-        part = lengths[:, first:last]
+    lists = 16 * 26
+    starts, rows = packed[16 : 16 + lists + 1], packed[16 + lists + 1 :][: 4 * lists]
+    longest, rows = starts.diff().view(16, 26), rows.view(16, 104).long()
+    kept = torch.cat([(weight != 0).sum(1).flatten(1), torch.zeros(2, 16)]).long().T
+    kept = kept.gather(1, rows)  # by list
+    for first, last in ((0, 64), (64, 104)):
+        part = kept[:, first:last]
         assert (part.diff() <= 0).all()
+        assert torch.equal(longest[:, first // 4 : last // 4], part[:, ::4])
         assert torch.equal(
             rows[:, first:last].sort().values, torch.arange(first, last).expand(part.shape)
         )
-        assert torch.equal(part, kept.gather(1, rows[:, first:last].long()))
 
 
 @pytest.mark.native

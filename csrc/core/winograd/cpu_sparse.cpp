@@ -8,7 +8,8 @@
 //   blocks        M[tile][16 k] += V[tile][c] U[c][16 k]   lanes = output channels. V as in the dense product; a register block
 //                                                          of tiles, and one vector of U for each listed c
 //   unstructured  M[k][tiles] += U[k][c] V[c][tiles]       lanes = tiles. V and M are transposed on the way in and out, L x L
-//                                                          numbers at a time; a slab of tiles, and one number of U
+//                                                          numbers at a time; a slab of tiles, and a number of U for each of
+//                                                          four k, each with a c of its own
 //
 // Layouts (L = lanes of a vector):
 //   blocks        V [xi][group of tiles][C / L][tile][L]     M [xi][pair of vectors of k][tile][pair's width]
@@ -131,45 +132,43 @@ struct Blocks {
 };
 
 // --- unstructured -----------------------------------------------------------------------------------------------------------
-constexpr int kSums = 2;                         // of a list
 constexpr int kSlab = kRegisters == 32 ? 4 : 3;  // most vectors of tiles in a slab
 constexpr int kChunk = 3;                        // vectors of tiles of a thread's own chunk
 constexpr int64_t kListsPerCall = 16;
 
-// M[k][tiles] (+)= sum over the list of k of U V[c][tiles], for NV vectors of tiles and `count` lists. The order of the sums is
-// the same for every NV. One load brings four values: loads are what limits this loop.
+// M[k][tiles] (+)= sum over a list of U V[c][tiles], for its four k, NV vectors of tiles and `count` lists. Four sums that do not
+// wait for one another, one load of their four numbers of U, and no end of a list but the common one.
 template <int NV>
 void multiply_lists(int64_t count, const int32_t* __restrict starts, const int32_t* __restrict rows,
                     const float* __restrict values, const uint8_t* __restrict channels,
                     const float* __restrict v, float* __restrict m, bool first,
                     const Ahead& ahead) {
-  constexpr int Q = kSums;
   const char* next = ahead.next;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i, rows += kFour) {
     fetch(ahead, next, 1);
-    int64_t e = starts[i];
-    const int64_t end = starts[i + 1];
-    vec sum[Q][NV];
-    PYWINO_UNROLL for (int q = 0; q < Q; ++q) PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[q][n] =
-        zero();
-    const auto add = [&](int q, vec u, int64_t at) __attribute__((always_inline)) {
-      const float* x = v + uint64_t(channels[at]) * (NV * kLanes);
-      PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[q][n] += u * load(x + n * kLanes);
+    vec sum[kFour][NV];
+    PYWINO_UNROLL for (int k = 0; k < kFour; ++k) PYWINO_UNROLL for (int n = 0; n < NV; ++n)
+        sum[k][n] = zero();
+    const auto add = [&](int k, vec u, uint64_t channel) __attribute__((always_inline)) {
+      const float* x = v + channel * (NV * kLanes);
+      own_register(x);
+      PYWINO_UNROLL for (int n = 0; n < NV; ++n) sum[k][n] += u * load(x + n * kLanes);
     };
-    for (; e + 4 <= end; e += 4) {
-      prefetch(values + e + 128);
-      prefetch(channels + e + 512);
-      const vec u = load_fours(values + e);
-      add(0 % Q, of_four<0>(u), e);
-      add(1 % Q, of_four<1>(u), e + 1);
-      add(2 % Q, of_four<2>(u), e + 2);
-      add(3 % Q, of_four<3>(u), e + 3);
+    const float *u = values + starts[i] * kFour, *end = values + starts[i + 1] * kFour;
+    const uint8_t* c = channels + starts[i] * kFour;
+    for (; u < end; u += kFour, c += kFour) {
+      prefetch(u + 128);
+      prefetch(c + 512);
+      const vec four = load_fours(u);
+      add(0, of_four<0>(four), c[0]);
+      add(1, of_four<1>(four), c[1]);
+      add(2, of_four<2>(four), c[2]);
+      add(3, of_four<3>(four), c[3]);
     }
-    for (; e < end; ++e) add(0, values[e] - vec{}, e);
-    float* to = m + int64_t(rows[i]) * (NV * kLanes);
-    PYWINO_UNROLL for (int n = 0; n < NV; ++n) {
-      PYWINO_UNROLL for (int q = 1; q < Q; ++q) sum[0][n] += sum[q][n];
-      store(to + n * kLanes, first ? sum[0][n] : load(to + n * kLanes) + sum[0][n]);
+    PYWINO_UNROLL for (int k = 0; k < kFour; ++k) {
+      float* to = m + int64_t(rows[k]) * (NV * kLanes);
+      PYWINO_UNROLL for (int n = 0; n < NV; ++n)
+          store(to + n * kLanes, first ? sum[k][n] : load(to + n * kLanes) + sum[k][n]);
     }
   }
 }
@@ -248,16 +247,18 @@ struct Lists {
                        int64_t xi, const Panel& panel, int64_t u0, int64_t u1, const float* v,
                        float* m, const Next& next) {
     const Groups slabs(ceil_div(tiles, kLanes), kSlab);
-    const int64_t rows = panel.size() * kLanes, k0 = u0 * kLanes, k1 = min(K, u1 * kLanes);
+    const int64_t rows = panel.size() * kLanes, fours = ceil_div(K, kFour),
+                  begin = u0 * kLanes / kFour, end = min(fours, u1 * kLanes / kFour);
     for (int s = 0; s < slabs.count; ++s) {
       const int64_t width = slabs.size(s) * kLanes;
       float* out = m + slabs.start(s) * rows * kLanes - panel.begin * kLanes * width;
       for (int64_t b = 0; b < filter.sum_blocks; ++b) {
         const float* x = v + slabs.start(s) * C * kLanes + b * kSumBlock * width;
-        const int64_t lists = (xi * filter.sum_blocks + b) * K;
-        for (int64_t k = k0; k < k1; k += kListsPerCall)
-          kMultiplyLists[slabs.size(s) - 1](min(kListsPerCall, k1 - k), filter.starts() + lists + k,
-                                            filter.rows() + lists + k, filter.numbers(),
+        const int64_t lists = (xi * filter.sum_blocks + b) * fours;
+        for (int64_t i = begin; i < end; i += kListsPerCall)
+          kMultiplyLists[slabs.size(s) - 1](min(kListsPerCall, end - i),
+                                            filter.starts() + lists + i,
+                                            filter.rows() + (lists + i) * kFour, filter.numbers(),
                                             filter.places(entries), x, out, b == 0, next());
       }
     }
@@ -667,14 +668,15 @@ Status run_input_gradient(const DomainInputGradientParams& params, const Executo
 }
 
 // --- packing ----------------------------------------------------------------------------------------------------------------
-// Two passes over the weight, by units: count the entries of each list, then write them.
+// Two passes over the weight, by units: count what is left, then write it.
 template <typename T>
 struct Packing {
   const FilterParams& p;
   int64_t K, C, stride_k, stride_c;
   SparseView<int32_t> view;
-  int32_t* cursors =
-      nullptr;  // of list (xi, block, k): entries counted; then where the next one goes
+  int64_t columns;  // of cursors: units or output channels
+  // Of (xi, unit), or (xi, block, k): how many there are; then where the next one goes.
+  int32_t* cursors = nullptr;
   int64_t entries = 0;
   bool writes = false;
   int64_t next = 0;
@@ -685,7 +687,12 @@ struct Packing {
         C(p.rotate ? p.out_channels : p.in_channels),
         stride_k(p.rotate ? p.stride_c : p.stride_k),
         stride_c(p.rotate ? p.stride_k : p.stride_c),
-        view(words, pattern, K, C, p.tile) {}
+        view(words, pattern, K, C, p.tile),
+        columns(pattern == Pattern::blocks ? view.units : K) {}
+
+  int64_t groups() const {
+    return view.positions * (view.pattern == Pattern::blocks ? 1 : view.sum_blocks);
+  }
 
   PYWINO_INLINE float weight(int64_t k, int64_t c, int i, int j) const {
     return get(static_cast<const T*>(p.weight) + k * stride_k + c * stride_c + i * p.stride_h +
@@ -719,11 +726,13 @@ struct Packing {
           for (int j = 0; j < a; ++j) {
             const float value = weight(k, c, i, j);
             if (value == 0) continue;
-            const int64_t list = ((i * a + j) * view.sum_blocks + c / kSumBlock) * K + k;
-            const int64_t at = cursors[list]++;
-            if (!writes) continue;
-            view.numbers()[at] = value;
-            view.places(entries)[at] = uint8_t(c % kSumBlock);
+            const int64_t group = (i * a + j) * view.sum_blocks + c / kSumBlock;
+            int32_t& cursor = cursors[group * K + k];
+            if (writes) {
+              view.numbers()[cursor] = value;
+              view.places(entries)[cursor] = uint8_t(c % kSumBlock);
+            }
+            cursor += writes ? kFour : 1;
           }
   }
 
@@ -739,42 +748,80 @@ struct Packing {
 
   // Entries in all; -1 where a word cannot count them, or memory has run out.
   int64_t count(const Executor& executor) {
-    cursors =
-        static_cast<int32_t*>(scratch((view.lists + 1) * sizeof(int32_t), ScratchSlot::shared));
+    const int64_t size = groups() * columns;
+    cursors = static_cast<int32_t*>(scratch((size + 1) * sizeof(int32_t), ScratchSlot::shared));
     if (!cursors) return -1;
-    __builtin_memset(cursors, 0, view.lists * sizeof(int32_t));
+    __builtin_memset(cursors, 0, size * sizeof(int32_t));
     pass(executor);
-    for (int64_t i = 0; i < view.lists; ++i) entries += cursors[i];
-    return entries > INT32_MAX ? -1 : entries;
+    if (view.pattern == Pattern::blocks)
+      for (int64_t i = 0; i < size; ++i) entries += cursors[i];
+    else
+      each_four([&](int64_t, int64_t, const int32_t*, int64_t longest) { entries += longest; });
+    return entries * kFour > INT32_MAX ? -1 : entries;
   }
 
-  // Where each list begins, the longer ones of kSorted neighbours first.
+  // use(its list, the first of its group's cursors, its output channels, entries) for all fours, in the order of their lists. From K
+  // on there are output channels that no one reads.
+  template <typename Use>
+  void each_four(const Use& use) {
+    int64_t list = 0;
+    for (int64_t group = 0; group < groups(); ++group) {
+      const int64_t first = group * K;
+      for (int64_t k0 = 0; k0 < K; k0 += kSorted) {
+        int32_t order[kSorted];
+        const int64_t n = min(kSorted, K - k0);
+        for (int64_t k = 0; k < n; ++k) {
+          const int32_t left = cursors[first + k0 + k];
+          int64_t i = k;
+          for (; i > 0 && cursors[first + order[i - 1]] < left; --i) order[i] = order[i - 1];
+          order[i] = int32_t(k0 + k);
+        }
+        for (int64_t k = n; k < round_up(n, kFour); ++k) order[k] = int32_t(k0 + k);
+        for (int64_t i = 0; i < n; i += kFour)
+          use(list++, first, order + i, cursors[first + order[i]]);
+      }
+    }
+  }
+
+  // Where each list begins, and where the weights of each output channel go.
   void arrange() {
     int32_t at = 0;
-    int32_t *starts = view.starts(), *rows = view.rows();
+    const auto begin = [&](int64_t list, int64_t count) {
+      view.starts()[list] = at;
+      at += int32_t(count);
+    };
     if (view.pattern == Pattern::blocks) {
-      for (int64_t i = 0; i < view.lists; ++i) place(i, &starts[i], &at);
+      for (int64_t i = 0; i < view.lists; ++i) {
+        begin(i, cursors[i]);
+        cursors[i] = view.starts()[i];
+      }
     } else {
-      for (int64_t first = 0; first < view.lists; first += K)
-        for (int64_t k0 = 0; k0 < K; k0 += kSorted) {
-          const int64_t k1 = min(K, k0 + kSorted);
-          for (int64_t k = k0; k < k1; ++k) {
-            int64_t i = k;
-            for (; i > k0 && cursors[first + rows[first + i - 1]] < cursors[first + k]; --i)
-              rows[first + i] = rows[first + i - 1];
-            rows[first + i] = int32_t(k);
-          }
-          for (int64_t i = first + k0; i < first + k1; ++i) place(first + rows[i], &starts[i], &at);
+      each_four([&](int64_t list, int64_t first, const int32_t* order, int64_t longest) {
+        const int32_t from = at;
+        begin(list, longest);
+        for (int k = 0; k < kFour; ++k) {
+          view.rows()[list * kFour + k] = order[k];
+          if (order[k] < K) cursors[first + order[k]] = from * int32_t(kFour) + k;
         }
+      });
     }
-    starts[view.lists] = at;
+    view.starts()[view.lists] = at;
   }
 
-  // The list that was counted as `list` begins at `at`.
-  void place(int64_t list, int32_t* start, int32_t* at) {
-    *start = *at;
-    *at += cursors[list];
-    cursors[list] = *start;
+  // Zeros at the ends of lists are multiplied by a channel that their output channel reads anyway, so that no NaN comes from others;
+  // where it reads none, by those of the longest.
+  void fill() {
+    const int32_t *starts = view.starts(), *rows = view.rows();
+    const int64_t fours = ceil_div(K, kFour);
+    uint8_t* places = view.places(entries);
+    for (int64_t list = 0; list < view.lists; ++list)
+      for (int k = 1; k < kFour; ++k) {
+        const int32_t row = rows[list * kFour + k];
+        const int64_t begin = starts[list] * kFour + k, end = starts[list + 1] * kFour,
+                      filled = row < K ? cursors[list / fours * K + row] : begin;
+        for (int64_t at = filled; at < end; at += kFour)
+          places[at] = places[filled > begin ? filled - kFour : at - k];
+      }
   }
 };
 
@@ -794,14 +841,15 @@ Status pack(const FilterParams& params, Pattern pattern, int32_t* packed,
     Packing<T> packing(params, pattern, packed);
     const int64_t entries = packing.count(executor);
     if (entries < 0) return Status::unsupported;
-    __builtin_memset(packed, 0, packing.view.head() * sizeof(int32_t));
+    // Zeros: the head, the ends of the shorter ones of four, and of what makes a whole number of words.
+    const bool blocks = pattern == Pattern::blocks;
+    const int64_t zeros =
+        blocks ? packing.view.head() + round_up<int64_t>(entries, 16) : packing.view.size(entries);
+    __builtin_memset(packed, 0, zeros * sizeof(int32_t));
     packing.arrange();
-    // The ends of what is read in fours, and of what makes a whole number of words.
-    const int64_t n = round_up<int64_t>(entries, 16);
-    __builtin_memset(packing.view.channels(), 0, n * sizeof(int32_t));
-    if (pattern == Pattern::unstructured) __builtin_memset(packing.view.places(entries), 0, n);
     packing.writes = true;
     packing.pass(executor);
+    if (!blocks) packing.fill();
     *reinterpret_cast<SparseHeader*>(packed) = {
         kSparseMagic, int32_t(pattern), kLanes, params.tile, packing.K, packing.C, entries, {}};
     return Status::ok;
