@@ -285,6 +285,10 @@ def test_compare_and_scores(run, tmp_path):
     assert "its truth is 50 x 9, it is 50 x 40" in run(
         tmp_path / "a.png", tmp_path / "c.png", "--truth", tmp_path / "small.png", code=1
     )
+    assert "it is 50 x 9, and SSIM needs 11 x 11 pixels" in run(
+        tmp_path / "small.png", tmp_path / "c.png", "--truth", tmp_path / "small.png", code=1
+    )
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_equal_pictures_in_json(run, tmp_path):

@@ -98,6 +98,8 @@ class Tiled:
 
 # --- scores ---
 
+SSIM_WINDOW = 11  # pixels
+
 
 def scores(restored: Tensor, truth: Tensor) -> dict[str, float]:
     """PSNR and SSIM, on RGB and on Y of ITU-R BT.601 as papers on restoration report them, and the
@@ -182,6 +184,11 @@ class _Job:
         if expected is not None and expected.shape != picture.rgb.shape:
             sizes = [f"{t.shape[2]} x {t.shape[1]}" for t in (expected, picture.rgb)]
             raise Refused(f"its truth is {sizes[0]}, it is {sizes[1]}")
+        if expected is not None and min(expected.shape[1:]) < SSIM_WINDOW:
+            raise Refused(
+                f"it is {expected.shape[2]} x {expected.shape[1]}, and SSIM needs "
+                f"{SSIM_WINDOW} x {SSIM_WINDOW} pixels; leave out --truth"
+            )
         self.progress.update(task, total=self.network.work(*picture.rgb.shape[1:]))
         before = picture.rgb
         picture.rgb = self._restored(before, task)

@@ -69,5 +69,14 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if member.size > _MOST:
                     raise damaged(path, f"its member {member.name!r} has {member.size} bytes")
                 yield str(name), archive.extractfile(member).read()
+            # An empty block ends an archive. tarfile does not ask for it, so a file that is cut
+            # between two members would seem whole; a compressed one that is cut cannot be read.
+            if not _is_compressed(path) and path.stat().st_size <= archive.offset:
+                raise damaged(path, "it is cut off")
     except READING as error:
         raise damaged(path, error) from error
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))

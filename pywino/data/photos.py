@@ -2,6 +2,7 @@
 """Photographs of any size, decoded when they are asked for."""
 
 import hashlib
+import operator
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +42,7 @@ class Photos(Sequence[Tensor]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        index = range(len(self))[index]  # negative ones, and IndexError
+        index = range(len(self))[operator.index(index)]  # negative ones, and IndexError
         if index in self._decoded:
             return self._decoded[index]
         pixels = decoded(self.names[index], self._read[index]())

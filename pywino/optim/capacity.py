@@ -159,6 +159,11 @@ class MicroBatches:
 
     def backward(self, input: Tensor, target: Tensor) -> Tensor:
         """Sets the parameters' gradients to those of this batch, and returns its loss."""
+        if len(input) == 0 or len(target) != len(input):
+            raise ValueError(
+                "pywino.optim.MicroBatches.backward: input and target must have equally many "
+                f"samples, 1 or more, got {len(input)} and {len(target)}"
+            )
         distributed = isinstance(self.model, nn.parallel.DistributedDataParallel)
         while True:
             self.model.zero_grad(set_to_none=True)

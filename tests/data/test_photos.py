@@ -61,6 +61,11 @@ def test_every_source_gives_the_same_photos(source):
     ]  # fmt: skip
 
 
+def test_one_photo_at_a_time(source):
+    with pytest.raises(TypeError, match="'slice' object cannot be interpreted as an integer"):
+        photos(source)[0:1]
+
+
 def test_a_list_of_files(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):

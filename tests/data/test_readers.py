@@ -370,6 +370,23 @@ def test_links_in_a_tar_are_passed_over(tmp_path):
     assert len(image_folder(path)[0]) == 3
 
 
+def test_a_tar_that_is_cut_between_two_members(tmp_path):
+    path = tmp_path / "p.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in pictures().items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    end = archive.offset - 1024  # of the last member: two empty blocks follow
+    whole = path.read_bytes()
+    assert not any(whole[end:])
+    path.write_bytes(whole[: end + 512])  # one is enough
+    assert sum(map(len, image_folder(path))) == 4
+    path.write_bytes(whole[:end])
+    with pytest.raises(RuntimeError, match=r"p\.tar is damaged or another file: it is cut off"):
+        image_folder(path)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -152,3 +152,7 @@ def test_micro_batches_give_up_at_one_sample():
 def test_micro_batches_refuse():
     with pytest.raises(ValueError, match="size must be None or an integer >= 1, got 0"):
         MicroBatches(plain(1), nn.functional.cross_entropy, 0)
+    micro = MicroBatches(plain(1), nn.functional.cross_entropy)
+    for samples, targets in ((0, 0), (3, 2)):
+        with pytest.raises(ValueError, match=f"1 or more, got {samples} and {targets}"):
+            micro.backward(torch.randn(samples, 4), torch.zeros(targets, dtype=torch.long))
