@@ -233,7 +233,7 @@ def test_detection(report):
     blur took came back"""
 
     def rows():
-        log = json.loads((RUNS / "pywino-blur-detection-2" / "detection.json").read_text())
+        log = json.loads((RUNS / "pywino-blur-detection-3" / "detection.json").read_text())
         columns = {
             "clean": "sharp",
             "blurred": "blurred",
@@ -258,5 +258,5 @@ def test_detection(report):
         rows,
         note="Here: 200 scenes of cut-outs and photos that the small detector has not seen, nor, "
         "in its training with L_D, the generator, whose weights before that are `pywino-blur`. "
-        "From benches/runs/pywino-blur-detection-2. The talk: COCO 2014, YOLOv3, Deblur-YOLO.",
+        "From benches/runs/pywino-blur-detection-3. The talk: COCO 2014, YOLOv3, Deblur-YOLO.",
     )
