@@ -202,6 +202,28 @@ def test_finalize_lets_go():
         pruner.step()
 
 
+def test_a_frozen_weight_that_is_trained_later():
+    conv = nn.Conv2d(4, 8, 3).requires_grad_(False)
+    pruner = Pruner(conv, Magnitude(0.5))
+    pruner.step()
+    mask = conv.weight != 0
+    assert not conv.weight.requires_grad
+    assert 0 < mask.sum() < mask.numel()
+    conv(torch.randn(2, 4, 6, 6).requires_grad_()).sum().backward()
+    assert conv.weight.grad is None
+    for _ in range(2):  # frozen and trained again
+        conv.requires_grad_()
+        conv.zero_grad()
+        conv(torch.randn(2, 4, 6, 6)).sum().backward()
+        assert conv.weight.grad[~mask].count_nonzero() == 0
+        assert conv.weight.grad[mask].count_nonzero() > 0
+        conv.requires_grad_(False)
+    pruner.finalize()
+    conv.requires_grad_().zero_grad()
+    conv(torch.randn(2, 4, 6, 6)).sum().backward()
+    assert conv.weight.grad[~mask].count_nonzero() > 0
+
+
 def test_a_replaced_parameter_is_held_too():
     model = net()
     pruner = Pruner(model, Magnitude(0.7))

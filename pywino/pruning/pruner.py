@@ -252,10 +252,14 @@ class Pruner:
                 mask = self.masks[name] = mask.to(weight.device)
             weight.masked_fill_(~mask, 0)
             parameter, hook = self._hooked.get(name, (lambda: None, None))
-            if parameter() is not weight and weight.requires_grad:
+            if parameter() is not weight:
                 if hook is not None:
                     hook.remove()
+                # A frozen weight keeps its hook until it is trained.
+                trained = weight.requires_grad
+                weight.requires_grad_(True)
                 hook = weight.register_hook(lambda grad, name=name: self._masked(grad, name))
+                weight.requires_grad_(trained)
                 self._hooked[name] = weakref.ref(weight), hook
 
     def _masked(self, grad: Tensor, name: str) -> Tensor:
